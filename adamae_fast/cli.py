@@ -1,0 +1,159 @@
+"""The command line: ``adamae-fast <command>``, also ``python -m adamae_fast <command>``.
+
+Each command is one function that fills a parser and one that runs; heavy imports wait until their command is chosen.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.logging import RichHandler
+
+from adamae_fast.config import add_pretrain_arguments, build_config
+from adamae_fast.errors import RunStoppedError
+from adamae_fast.version import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: what it is for, its arguments, and what it does. ``run`` returns the exit status."""
+
+    summary: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[ArgumentParser, Namespace], int]
+
+
+def _info_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="Print one JSON object in place of the table.")
+
+
+def _info(parser: ArgumentParser, arguments: Namespace) -> int:
+    from adamae_fast.info import print_info
+
+    print_info(as_json=arguments.json)
+    return 0
+
+
+def _pretrain(parser: ArgumentParser, arguments: Namespace) -> int:
+    from adamae_fast.train.pretrain import pretrain
+
+    pretrain(build_config(parser, arguments), Console())
+    return 0
+
+
+def _synth_arguments(parser: ArgumentParser) -> None:
+    from adamae_fast.data.synthetic import synthesize
+
+    parser.add_argument("out", type=str, help="Folder to write; must not exist yet.")
+    parser.add_function_arguments(synthesize, skip={"out"})
+
+
+def _synth(parser: ArgumentParser, arguments: Namespace) -> int:
+    from adamae_fast.data.synthetic import synthesize
+
+    print(synthesize(**arguments.as_dict()))
+    return 0
+
+
+def _check_arguments(parser: ArgumentParser) -> None:
+    from adamae_fast.data.check import check_manifest
+
+    parser.add_argument("manifest", type=str, help="An annotation file, or a folder of videos.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object in place of the table.")
+    parser.add_function_arguments(check_manifest, skip={"manifest", "json"})
+
+
+def _check(parser: ArgumentParser, arguments: Namespace) -> int:
+    from adamae_fast.data.check import check_manifest
+
+    return check_manifest(**arguments.as_dict())
+
+
+def _visualize_arguments(parser: ArgumentParser) -> None:
+    from adamae_fast.report.visualize import visualize
+
+    parser.add_argument("checkpoint", type=str, help="A checkpoint folder, or a run's folder.")
+    parser.add_argument("videos", type=str, nargs="+", help="Video files.")
+    parser.add_function_arguments(visualize, skip={"checkpoint", "videos"})
+
+
+def _visualize(parser: ArgumentParser, arguments: Namespace) -> int:
+    from adamae_fast.report.visualize import visualize
+
+    return visualize(**arguments.as_dict())
+
+
+def _convert_arguments(parser: ArgumentParser) -> None:
+    from adamae_fast.interop.convert import convert
+
+    parser.add_argument("input", type=str, help="A checkpoint or run of ours, a .pth file, a transformers folder.")
+    parser.add_argument("output", type=str, help="What to write; must not exist yet.")
+    parser.add_function_arguments(convert, skip={"input", "output"})
+
+
+def _convert(parser: ArgumentParser, arguments: Namespace) -> int:
+    from adamae_fast.interop.convert import convert
+
+    convert(**arguments.as_dict())
+    return 0
+
+
+COMMANDS = {
+    "info": Command("What is available on this machine, and why not.", _info_arguments, _info),
+    "data synth": Command("Render a small labelled set of videos with known motion.", _synth_arguments, _synth),
+    "data check": Command("List a manifest's videos, and what is unreadable and why.", _check_arguments, _check),
+    "pretrain": Command("Pre-train with adaptive, random, tube or frame masking.", add_pretrain_arguments, _pretrain),
+    "visualize": Command("Draw what a checkpoint sees, masks and predicts.", _visualize_arguments, _visualize),
+    "convert": Command("Convert from and to published AdaMAE, VideoMAE, transformers.", _convert_arguments, _convert),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; a user's error is one line on stderr and status 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, handlers=[_log_handler()], format="%(message)s", force=True)
+    if words == ["--version"]:
+        print(f"adamae-fast {__version__}")
+        return 0
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if len(words) >= length and name in COMMANDS:
+            return _run(name, words[length:])
+    return _usage(words)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    command = COMMANDS[name]
+    parser = ArgumentParser(prog=f"adamae-fast {name}", description=command.summary, exit_on_error=False)
+    try:
+        command.add_arguments(parser)
+        return command.run(parser, parser.parse_args(arguments))
+    except (ArgumentError, ValueError, RunStoppedError) as error:
+        if os.environ.get("ADAMAE_DEBUG"):
+            raise
+        Console(stderr=True).print(f"adamae-fast {name}: {error}", style="red", markup=False, highlight=False)
+        return 2
+
+
+def _usage(words: list[str]) -> int:
+    wants_help = words[:1] in ([], ["-h"], ["--help"])
+    console = Console(stderr=not wants_help)
+    if not wants_help:
+        console.print(f"adamae-fast: there is no command {' '.join(words[:2])!r}", style="red", markup=False)
+    console.print("Masked pre-training on video with adaptive masking (AdaMAE).\n")
+    console.print("usage: adamae-fast COMMAND [--help]\n", markup=False)
+    width = max(map(len, COMMANDS))
+    for name, command in COMMANDS.items():
+        console.print(f"  {name:<{width}}  {command.summary}", highlight=False)
+    return 0 if wants_help else 2
+
+
+def _log_handler() -> logging.Handler:
+    return RichHandler(console=Console(stderr=True), show_time=False, show_path=False, markup=False)

@@ -1,0 +1,396 @@
+"""Every knob of a training run, one frozen dataclass per group.
+
+``adamae-fast pretrain --help`` prints these docstrings; a YAML recipe under ``configs/`` sets any subset of the fields;
+the command line overrides single fields (``--mask.ratio 0.9``). Each class checks its own values when it is built, so a
+configuration that exists is a valid one. Checks that need two groups live in :class:`PretrainConfig`.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentError
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+ModelSize = Literal["nano", "small", "base", "large", "huge"]
+SamplerKind = Literal["attention", "mlp"]
+MaskStrategyName = Literal["adaptive", "random", "tube", "frame"]
+ErrorKind = Literal["mse", "l1"]
+TargetKind = Literal["normalized", "raw", "mae_st"]
+DecoderName = Literal["auto", "decord", "pyav"]
+CropKind = Literal["multi_scale", "random_resized", "center"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def _require(condition: bool, key: str, value: object, remedy: str) -> None:
+    """Raise the one kind of error a user of the configuration sees: the key, its value and what to do."""
+    if not condition:
+        raise ValueError(f"{key}={value!r}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """The network that predicts which tokens should stay visible (paper section 3.1, Table 1(f))."""
+
+    kind: SamplerKind = "attention"
+    """Transformer blocks and a linear layer ("attention"), or two linear layers on each token alone ("mlp")."""
+
+    width: int | None = None
+    """Channels of the attention blocks; the encoder's if null. Another width puts a linear projection in front."""
+
+    depth: int = 1
+    """Number of attention blocks."""
+
+    dropout: float = 0.1
+    """Dropout after the attention projection and after the second MLP layer of each attention block."""
+
+    detach_tokens: bool = False
+    """Keep the sampling loss away from the tokenizer. The paper's text says so; the published checkpoints do not."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.width is None or (self.width > 0 and self.width % 8 == 0),
+            "model.sampler.width",
+            self.width,
+            "choose a positive multiple of 8 (the sampler has 8 heads), or null for the encoder's width",
+        )
+        _require(self.depth >= 1, "model.sampler.depth", self.depth, "choose at least 1 block")
+        _require(0 <= self.dropout < 1, "model.sampler.dropout", self.dropout, "choose a share in [0, 1)")
+        _require(
+            self.kind == "attention" or (self.width is None and self.depth == 1),
+            "model.sampler.kind",
+            self.kind,
+            "width and depth belong to the attention sampler; leave them at their defaults for the mlp",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The transformer that reconstructs masked tokens (paper section 3.1, Table 1(c))."""
+
+    depth: int | None = None
+    """Number of blocks; the size's own default (4 for base) if null. Table 1(c) compares 1, 2, 4 and 8."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.depth is None or self.depth >= 1, "model.decoder.depth", self.depth, "choose at least 1 block, or null"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of the clip and of the network."""
+
+    size: ModelSize = "base"
+    """Width, depth and heads of encoder and decoder; the table is in ``adamae_fast/model/sizes.py``."""
+
+    num_frames: int = 16
+    """Frames of a clip."""
+
+    frame_size: int = 224
+    """Height and width of a clip's frames, in pixels."""
+
+    tubelet_size: int = 2
+    """Frames of one token."""
+
+    patch_size: int = 16
+    """Height and width of one token, in pixels."""
+
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """The network that predicts which tokens stay visible."""
+
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """The transformer that reconstructs masked tokens."""
+
+    def __post_init__(self) -> None:
+        for key in ("num_frames", "frame_size", "tubelet_size", "patch_size"):
+            _require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "choose a positive number")
+        _require(
+            self.num_frames % self.tubelet_size == 0,
+            "model.num_frames",
+            self.num_frames,
+            f"choose a multiple of model.tubelet_size={self.tubelet_size}",
+        )
+        _require(
+            self.frame_size % self.patch_size == 0,
+            "model.frame_size",
+            self.frame_size,
+            f"choose a multiple of model.patch_size={self.patch_size}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Which tokens the encoder sees."""
+
+    strategy: MaskStrategyName = "adaptive"
+    """adaptive: drawn from the sampler's probabilities; random: uniform over space-time; tube: the same places in all
+    frames; frame: whole frames."""
+
+    ratio: float = 0.95
+    """Share of tokens that are masked. How it is rounded to a count is each strategy's own documented rule."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.ratio < 1, "mask.ratio", self.ratio, "choose a share strictly between 0 and 1, such as 0.95")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What the decoder is asked for, and how strongly the sampler is taught (paper Table 1(d), equations 4 and 5)."""
+
+    error: ErrorKind = "mse"
+    """Squared or absolute error per pixel."""
+
+    target: TargetKind = "normalized"
+    """normalized: each token's pixels to zero mean and unit variance per colour channel; raw: pixels in [0, 1];
+    mae_st: normalised over all three channels jointly, as MAE-ST does."""
+
+    sampling_weight: float = 1e-4
+    """Factor of the sampling loss in the total; only used by mask.strategy=adaptive."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.sampling_weight >= 0,
+            "loss.sampling_weight",
+            self.sampling_weight,
+            "choose 0 (sampler untrained) or a positive factor",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where clips come from and how they are cut."""
+
+    manifest: str = ""
+    """An annotation file (formats: ``docs/data.md``) or a folder that is searched for videos."""
+
+    root: str | None = None
+    """Folder that relative paths of the manifest start from; the manifest's own folder if null."""
+
+    decoder: DecoderName = "auto"
+    """auto: decord where it is installed and can open the file, otherwise PyAV; decord, pyav: that one only."""
+
+    stride: int = 4
+    """Distance between two frames of a clip, in frames of the video."""
+
+    crop: CropKind = "multi_scale"
+    """multi_scale: VideoMAE's crop; random_resized: area in random_resized_scale; center: short side to frame_size."""
+
+    random_resized_scale: tuple[float, float] = (0.5, 1.0)
+    """Smallest and largest share of the frame's area for crop=random_resized."""
+
+    flip: bool = False
+    """Mirror half of the clips left to right. Off for SSv2, whose labels name directions."""
+
+    repeat: int = 1
+    """Clips cut from each decoded video range (repeated augmentation). Each counts in train.batch_size."""
+
+    num_workers: int = 2
+    """Decoding processes; 0 decodes in the training process."""
+
+    max_bad_share: float = 0.05
+    """The run stops when more than this share of the manifest's videos turned out unreadable."""
+
+    def __post_init__(self) -> None:
+        _require(self.stride >= 1, "data.stride", self.stride, "choose at least 1")
+        _require(self.repeat >= 1, "data.repeat", self.repeat, "choose at least 1")
+        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "choose 0 or more processes")
+        _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "choose a share in [0, 1]")
+        low, high = self.random_resized_scale
+        _require(
+            0 < low <= high <= 1,
+            "data.random_resized_scale",
+            self.random_resized_scale,
+            "choose 0 < low <= high <= 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule (paper Table 5)."""
+
+    base_lr: float = 1.5e-4
+    """Peak learning rate for a total batch of 256 clips; scaled linearly with the total batch."""
+
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine, for a total batch of 256; scaled likewise."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+
+    weight_decay: float = 0.05
+    """Decoupled decay; not applied to biases, norms, other 1-D tensors and the mask token."""
+
+    warmup_epochs: float = 40.0
+    """Length of the linear warm-up from 0. With train.steps it keeps its share of the run."""
+
+    clip_grad_norm: float | None = None
+    """Largest allowed 2-norm of all gradients together; null for no clipping."""
+
+    def __post_init__(self) -> None:
+        _require(self.base_lr > 0, "optim.base_lr", self.base_lr, "choose a positive learning rate")
+        _require(0 <= self.min_lr <= self.base_lr, "optim.min_lr", self.min_lr, f"choose 0 to base_lr={self.base_lr}")
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "choose 0 or more")
+        _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "choose 0 or more epochs")
+        _require(
+            self.clip_grad_norm is None or self.clip_grad_norm > 0,
+            "optim.clip_grad_norm",
+            self.clip_grad_norm,
+            "choose a positive norm, or null for no clipping",
+        )
+        _require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "choose two numbers in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch and arithmetic of the run."""
+
+    epochs: float = 800.0
+    """Passes over the manifest; an epoch shows each video data.repeat times."""
+
+    steps: int | None = None
+    """Optimizer steps; replace epochs as the run's length where given; warm-up and cosine shrink in proportion."""
+
+    batch_size: int = 32
+    """Clips in one forward pass on one device, repeated crops counted."""
+
+    accumulate: int = 1
+    """Forward passes per optimizer step."""
+
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda or cuda:N."""
+
+    precision: Precision = "bf16"
+    """Arithmetic of matrix products; parameters and losses stay fp32. fp16 scales the loss."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0, "train.epochs", self.epochs, "choose a positive number")
+        _require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "choose at least 1 step, or null")
+        _require(self.batch_size >= 1, "train.batch_size", self.batch_size, "choose at least 1 clip")
+        _require(self.accumulate >= 1, "train.accumulate", self.accumulate, "choose at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept of a run."""
+
+    every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "checkpoint.every", self.every, "choose at least 1 step")
+        _require(self.keep >= 2, "checkpoint.keep", self.keep, "keep at least 2, so that one broken file loses nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while a run goes on."""
+
+    every: int = 10
+    """Steps between two lines of metrics.jsonl. Only these steps wait for the device."""
+
+    tensorboard: bool = True
+    """Also write the metrics as TensorBoard curves under output_dir/tensorboard."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "log.every", self.every, "choose at least 1 step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything that decides a pre-training run; saved as config.yaml beside its checkpoints."""
+
+    output_dir: str = "runs/pretrain"
+    """Folder of the run."""
+
+    seed: int = 0
+    """Source of every random number of the run."""
+
+    resume: str = "auto"
+    """auto: continue from output_dir's newest checkpoint if there is one; none: start afresh in an empty output_dir;
+    or the path of a checkpoint to continue from."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes of the clip and of the network."""
+
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    """Which tokens the encoder sees."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What the decoder is asked for, and how strongly the sampler is taught."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where clips come from and how they are cut."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """AdamW and its schedule."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batch and arithmetic of the run."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is kept of a run."""
+
+    log: LogConfig = field(default_factory=LogConfig)
+    """What is written while a run goes on."""
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", self.seed, "choose 0 or more")
+        _require(
+            self.train.batch_size % self.data.repeat == 0,
+            "data.repeat",
+            self.data.repeat,
+            f"choose a divisor of train.batch_size={self.train.batch_size}, which counts repeated crops",
+        )
+        _require(
+            self.optim.warmup_epochs < self.train.epochs,
+            "optim.warmup_epochs",
+            self.optim.warmup_epochs,
+            f"choose fewer than train.epochs={self.train.epochs}",
+        )
+
+
+def add_pretrain_arguments(parser: ArgumentParser) -> None:
+    """Give a jsonargparse parser ``--config FILE`` and one option for each field of :class:`PretrainConfig`."""
+    parser.add_argument("--config", action="config", help="A YAML recipe; options that follow override it.")
+    parser.add_class_arguments(PretrainConfig)
+
+
+def build_config(parser: ArgumentParser, namespace: Namespace) -> PretrainConfig:
+    """Turn what ``parser`` read into the checked dataclasses. Raises ValueError for a value out of its range."""
+    groups = parser.instantiate(namespace)
+    return PretrainConfig(**{f.name: groups[f.name] for f in fields(PretrainConfig)})
+
+
+def load_config(path: str | Path, overrides: Mapping[str, object] | None = None) -> PretrainConfig:
+    """Read a YAML recipe and override single keys, such as ``{"mask.ratio": 0.9}``.
+
+    Raises ValueError that names the file, key and value for an unknown key, a wrong type or a value out of range.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"config={str(path)!r}: no such file; recipes are in the folder configs/")
+    parser = ArgumentParser(exit_on_error=False)
+    add_pretrain_arguments(parser)
+    arguments = [f"--config={path}"]
+    for key, value in (overrides or {}).items():
+        arguments.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+    try:
+        return build_config(parser, parser.parse_args(arguments))
+    except (ArgumentError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def save_config(config: PretrainConfig, path: str | Path) -> None:
+    """Write every field as YAML that :func:`load_config` reads back to an equal object."""
+    plain = json.loads(json.dumps(asdict(config)))
+    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False))

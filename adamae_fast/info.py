@@ -1,0 +1,107 @@
+"""What is available on this machine, and why the rest is not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from adamae_fast.version import __version__
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One optional part: whether it can be used here, its version, and the reason where it cannot."""
+
+    name: str
+    purpose: str
+    available: bool
+    detail: str
+
+
+def collect() -> dict[str, object]:
+    """Return versions, the device and every optional back end with its state."""
+    return {
+        "adamae_fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda_build": torch.version.cuda,
+        "device": _device(),
+        "cpu_cores": os.cpu_count(),
+        "backends": [asdict(backend) for backend in _backends()],
+    }
+
+
+def print_info(*, as_json: bool) -> None:
+    """Print :func:`collect` as a table, or as one JSON object."""
+    facts = collect()
+    if as_json:
+        print(json.dumps(facts))
+        return
+    console = Console()
+    versions = Table(show_header=False, box=None)
+    for key, value in facts.items():
+        if key != "backends":
+            versions.add_row(key, str(value))
+    console.print(versions)
+    table = Table("back end", "for", "", "version, or why it is not used")
+    for backend in _backends():
+        mark = "[green]yes" if backend.available else "[yellow]no"
+        table.add_row(backend.name, backend.purpose, mark, escape(backend.detail))
+    console.print(table)
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    properties = torch.cuda.get_device_properties(0)
+    return f"{torch.cuda.device_count()} × {properties.name}, {properties.total_memory / 2**30:.0f} GiB each"
+
+
+def _backends() -> list[Backend]:
+    return [
+        _package("decord", "fast seeking video decoder", "decord"),
+        _package("av", "PyAV: decodes what decord cannot, writes videos", "av"),
+        _package("nvidia.dali", "video decoding on the GPU", "nvidia-dali-cuda130", needs_cuda=True),
+        _package("triton", "GPU kernels", "triton", needs_cuda=True),
+        _package("flash_attn", "attention", "flash-attn", needs_cuda=True),
+        _package("xformers.ops", "attention", "xformers", needs_cuda=True, attribute="memory_efficient_attention"),
+        _package("apex.optimizers", "fused optimizer", "apex", needs_cuda=True, attribute="FusedAdam"),
+        _package("transformers", "conversion to and from its VideoMAE folders", "transformers"),
+    ]
+
+
+def _package(
+    module: str, purpose: str, distribution: str, *, needs_cuda: bool = False, attribute: str | None = None
+) -> Backend:
+    """Import a package to see whether it really works: one that installs well may still lack what is used of it."""
+    name = module.partition(".")[0] if module != "nvidia.dali" else module
+    try:
+        imported = importlib.import_module(module)
+        if attribute is not None:
+            getattr(imported, attribute)
+    except ModuleNotFoundError as error:
+        missing = f"not installed: pip install {distribution}"
+        return Backend(name, purpose, False, missing if error.name == name else f"not usable: {error}")
+    except Exception as error:  # a broken binary raises anything, and this command exists to say what
+        return Backend(name, purpose, False, f"not usable: {type(error).__name__}: {error}")
+    version = _version(distribution)
+    if needs_cuda and not torch.cuda.is_available():
+        return Backend(name, purpose, False, f"{version} is installed, but torch sees no CUDA device")
+    return Backend(name, purpose, True, version)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version"

@@ -1,0 +1,1 @@
+"""The network: tokenizer, sampler, encoder, decoder, and AdaMAE that joins them."""

@@ -1,0 +1,195 @@
+"""AdaMAE: masked auto-encoding of video with learned masks (paper Figure 2, Algorithm 2).
+
+Shapes: B clips, C channels, T frames, H, W pixels, N tokens, K visible, M = N − K masked, D encoder width, E decoder
+width, P pixels of a token. Tokens are ordered time, row, column; visible and masked ids are ascending.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from adamae_fast.config import LossConfig, MaskConfig, ModelConfig, load_config
+from adamae_fast.grid import TokenGrid
+from adamae_fast.masking import STRATEGIES
+from adamae_fast.model.decoder import Decoder
+from adamae_fast.model.encoder import Encoder
+from adamae_fast.model.positions import sinusoid_table
+from adamae_fast.model.sampler import build_sampler
+from adamae_fast.model.sizes import SIZES
+from adamae_fast.model.tokenizer import Tokenizer
+from adamae_fast.ops.assemble_decoder import assemble_decoder
+from adamae_fast.ops.gather_tokens import gather_tokens
+from adamae_fast.ops.masked_patch_loss import masked_patch_loss
+from adamae_fast.ops.sample_visible import TokenSplit, split_tokens
+from adamae_fast.ops.sampling_loss import sampling_loss
+from adamae_fast.run_folder import find_weights
+
+
+@dataclass(frozen=True)
+class AdaMAEOutput:
+    """What one forward pass returns. Losses are fp32 scalars on the model's device."""
+
+    loss: Tensor
+    """loss_reconstruction + loss.sampling_weight · loss_sampling."""
+
+    loss_reconstruction: Tensor
+    """Mean of ``error`` (equation 4)."""
+
+    loss_sampling: Tensor
+    """REINFORCE loss of the sampler (equation 5, with log-probabilities); zero without a sampler."""
+
+    prediction: Tensor
+    """(B, M, P): pixels of the masked tokens in the units of loss.target."""
+
+    error: Tensor
+    """(B, M) fp32: error of each masked token, mean over its pixels."""
+
+    logits: Tensor | None
+    """(B, N) of the sampler, whose softmax is the probability map; None for strategies without a sampler."""
+
+    visible_ids: Tensor
+    """(B, K) int64, ascending."""
+
+    masked_ids: Tensor
+    """(B, M) int64, ascending."""
+
+
+class AdaMAE(nn.Module):
+    """The whole network. The strategies random, tube and frame build it without the sampler."""
+
+    positions_ND: Tensor
+    decoder_positions_NE: Tensor
+
+    def __init__(self, model: ModelConfig, mask: MaskConfig | None = None, loss: LossConfig | None = None) -> None:
+        super().__init__()
+        self.mask_config = mask or MaskConfig()
+        self.loss_config = loss or LossConfig()
+        self.grid = TokenGrid(
+            num_frames=model.num_frames,
+            frame_size=model.frame_size,
+            tubelet_size=model.tubelet_size,
+            patch_size=model.patch_size,
+        )
+        self.strategy = STRATEGIES[self.mask_config.strategy]
+        self.num_visible = self.strategy.num_visible(self.grid, self.mask_config.ratio)
+
+        size = SIZES[model.size]
+        width, num_tokens = size.encoder.width, self.grid.num_tokens
+        decoder_size = dataclasses.replace(size.decoder, depth=model.decoder.depth or size.decoder.depth)
+
+        self.tokenizer = Tokenizer(self.grid, width)
+        self.sampler = build_sampler(model.sampler, num_tokens, width) if self.strategy.needs_logits else None
+        self.detach_tokens = model.sampler.detach_tokens
+        self.encoder = Encoder(size.encoder)
+        self.projection = nn.Linear(width, decoder_size.width, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(decoder_size.width))
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        self.decoder = Decoder(decoder_size, self.grid.pixels_per_token)
+        self.register_buffer("positions_ND", sinusoid_table(num_tokens, width), persistent=False)
+        self.register_buffer("decoder_positions_NE", sinusoid_table(num_tokens, decoder_size.width), persistent=False)
+
+    @classmethod
+    def from_config(cls, path: str | Path, **overrides: object) -> Self:
+        """Build the model that a recipe describes, with fresh weights: ``from_config(path, **{"mask.ratio": 0.9})``."""
+        config = load_config(path, overrides)
+        return cls(config.model, config.mask, config.loss)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Self:
+        """Load a checkpoint folder, or the newest checkpoint of a run's folder.
+
+        Files of the published code, VideoMAE and transformers are first brought into this layout by
+        ``adamae-fast convert``. Raises ValueError where the folder holds no checkpoint or the weights do not fit.
+        """
+        from safetensors.torch import load_file
+
+        weights_file, config_file = find_weights(path)
+        model = cls.from_config(config_file)
+        try:
+            model.load_state_dict(load_file(weights_file))
+        except RuntimeError as error:
+            raise ValueError(f"{weights_file}: the weights do not fit the model of {config_file}: {error}") from error
+        return model
+
+    def forward(
+        self, video: Tensor, visible_ids: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> AdaMAEOutput:
+        """Mask, encode, decode and compare.
+
+        Args:
+            video: uint8 (B, 3, T, H, W).
+            visible_ids: forced visible ids (B, K), ascending; drawn by the masking strategy if None.
+            generator: source of the masking noise, on the video's device; torch's own if None.
+
+        Raises ValueError for a video of another shape or dtype, or ids out of range or order.
+        """
+        self._check_video(video)
+        tokens_BND = self.tokenizer(video)
+        logits_BN = None
+        if self.sampler is not None:
+            logits_BN = self.sampler(tokens_BND.detach() if self.detach_tokens else tokens_BND).float()
+        split = self._split(video, logits_BN, visible_ids, generator)
+
+        visible_BKD = gather_tokens(tokens_BND, split.visible_ids_BK, split.slots_BN, self.positions_ND)
+        features_BKE = self.projection(self.encoder(visible_BKD))
+        decoder_input_BNE = assemble_decoder(
+            features_BKE, self.mask_token, self.decoder_positions_NE, split.visible_ids_BK, split.masked_ids_BM
+        )
+        prediction_BMP = self.decoder(decoder_input_BNE, split.masked_ids_BM.shape[1])
+
+        error_BM = masked_patch_loss(
+            prediction_BMP,
+            video,
+            split.masked_ids_BM,
+            tubelet_size=self.grid.tubelet_size,
+            patch_size=self.grid.patch_size,
+            target=self.loss_config.target,
+            error=self.loss_config.error,
+        )
+        loss_reconstruction = loss = error_BM.mean()
+        loss_sampling = torch.zeros_like(loss_reconstruction)
+        if logits_BN is not None:
+            loss_sampling = sampling_loss(logits_BN, split.masked_ids_BM, error_BM.detach()).mean()
+            loss = loss_reconstruction + self.loss_config.sampling_weight * loss_sampling
+        return AdaMAEOutput(
+            loss=loss,
+            loss_reconstruction=loss_reconstruction,
+            loss_sampling=loss_sampling,
+            prediction=prediction_BMP,
+            error=error_BM,
+            logits=logits_BN,
+            visible_ids=split.visible_ids_BK,
+            masked_ids=split.masked_ids_BM,
+        )
+
+    def _split(
+        self, video: Tensor, logits_BN: Tensor | None, visible_ids: Tensor | None, generator: torch.Generator | None
+    ) -> TokenSplit:
+        if visible_ids is not None:
+            if visible_ids.shape[0] != video.shape[0]:
+                raise ValueError(
+                    f"visible_ids has {visible_ids.shape[0]} rows for {video.shape[0]} clips; give one each"
+                )
+            return split_tokens(visible_ids, self.grid.num_tokens)
+        return self.strategy(
+            self.grid,
+            self.mask_config.ratio,
+            video.shape[0],
+            device=video.device,
+            logits_BN=logits_BN,
+            generator=generator,
+        )
+
+    def _check_video(self, video: Tensor) -> None:
+        if video.dtype != torch.uint8 or video.ndim != 5 or tuple(video.shape[1:]) != self.grid.video_shape:
+            raise ValueError(
+                f"video has shape {tuple(video.shape)} and dtype {video.dtype}; this model takes uint8 clips of shape "
+                f"(B, {', '.join(map(str, self.grid.video_shape))}): resize the clip, or build the model with other "
+                "model.num_frames and model.frame_size"
+            )

@@ -1,0 +1,61 @@
+"""The layout of a run's folder, in one place.
+
+``config.yaml``, ``metrics.jsonl``, ``quarantine.jsonl``, ``summary.json``, ``report.html``, ``tensorboard/`` and
+``checkpoints/step_00000100/`` with ``model.safetensors``, ``optimizer.safetensors``, ``state.json``, ``config.yaml``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.yaml"
+_CHECKPOINT_NAME = re.compile(r"step_(\d{8,})")
+
+
+class RunFolder:
+    """Paths of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / CONFIG_FILE
+        self.metrics = self.path / "metrics.jsonl"
+        self.quarantine = self.path / "quarantine.jsonl"
+        self.summary = self.path / "summary.json"
+        self.report = self.path / "report.html"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint after ``step`` optimizer steps."""
+        return self.checkpoints / f"step_{step:08d}"
+
+    def list_checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first. Folders still being written have other names and are not listed."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = [path for path in self.checkpoints.iterdir() if _CHECKPOINT_NAME.fullmatch(path.name)]
+        return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """Return the step that a checkpoint folder's name states."""
+    match = _CHECKPOINT_NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path}: not a checkpoint folder; expected a name such as step_00000100")
+    return int(match[1])
+
+
+def find_weights(path: str | Path) -> tuple[Path, Path]:
+    """Return weights and configuration of a checkpoint folder, or of the newest checkpoint in a run's folder."""
+    folder = Path(path)
+    if not (folder / MODEL_FILE).is_file():
+        checkpoints = RunFolder(folder).list_checkpoints()
+        if not checkpoints:
+            raise ValueError(
+                f"{str(path)!r} holds no {MODEL_FILE} and no checkpoints; give a run's folder or one of its checkpoints"
+                " (files of other projects: adamae-fast convert)"
+            )
+        folder = checkpoints[-1]
+    return folder / MODEL_FILE, folder / CONFIG_FILE

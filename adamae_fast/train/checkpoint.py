@@ -1,0 +1,191 @@
+"""Checkpoints that survive kill -9: written beside, checked by sum, renamed into place; nothing is ever unpickled.
+
+``step_00000100/`` holds ``model.safetensors`` (weights), ``optimizer.safetensors`` (moments by parameter name, random
+number states), ``state.json`` (step, number of videos, loss scale, size and CRC of every file) and ``config.yaml``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from adamae_fast.config import PretrainConfig, load_config, save_config
+from adamae_fast.run_folder import CONFIG_FILE, MODEL_FILE, RunFolder, checkpoint_step
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+_UNFINISHED = ".unfinished_"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """Where a run stands: everything that continues it exactly, besides weights, moments and random number states."""
+
+    step: int
+    """Optimizer steps done. The data position follows from it: the stream of clips is a function of (seed, step)."""
+
+    num_videos: int
+    """Length of the manifest; another length is another stream of clips."""
+
+    loss_scale: dict[str, Any]
+    """State of the fp16 loss scaler; empty for fp32 and bf16."""
+
+
+def save_checkpoint(
+    run: RunFolder,
+    config: PretrainConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: RunState,
+) -> Path:
+    """Write a complete checkpoint or none, then drop the oldest beyond ``checkpoint.keep``. Returns its folder."""
+    target = run.checkpoint(state.step)
+    temporary = run.checkpoints / f"{_UNFINISHED}{target.name}"
+    for leftover in run.checkpoints.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+
+    save_file({name: p.detach().contiguous() for name, p in model.state_dict().items()}, temporary / MODEL_FILE)
+    save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER_FILE)
+    save_config(config, temporary / CONFIG_FILE)
+    files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+    (temporary / STATE_FILE).write_text(json.dumps({**asdict(state), "files": files}, indent=1))
+
+    for path in (*temporary.iterdir(), temporary):
+        _flush_to_disk(path)
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+    _flush_to_disk(run.checkpoints)
+    for old in run.list_checkpoints()[: -config.checkpoint.keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
+    """Restore weights, moments and random number states. Raises CheckpointError for a damaged or unfitting one."""
+    state = verify_checkpoint(folder)
+    try:
+        model.load_state_dict(load_file(folder / MODEL_FILE))
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: the weights do not fit this configuration's model: {error}") from error
+    _restore_optimizer(load_file(folder / OPTIMIZER_FILE), model, optimizer)
+    return state
+
+
+def verify_checkpoint(folder: Path) -> RunState:
+    """Compare every file with the size and sum that were recorded when it was written; return where the run stood."""
+    try:
+        fields = json.loads((folder / STATE_FILE).read_text())
+        files = fields.pop("files")
+        for name, fingerprint in files.items():
+            found = _fingerprint(folder / name)
+            if found != fingerprint:
+                raise CheckpointError(f"{name} has {found}, but was written with {fingerprint}")
+        return RunState(**fields)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder} is damaged ({error}). {_remedy(folder)}") from error
+
+
+def find_resume_point(resume: str, run: RunFolder) -> Path | None:
+    """Return the checkpoint that ``resume`` means, or None for a fresh start.
+
+    Raises CheckpointError where ``none`` would overwrite a run, or where a path is no checkpoint.
+    """
+    checkpoints = run.list_checkpoints()
+    if resume == "none":
+        if checkpoints or run.metrics.exists():
+            raise CheckpointError(
+                f"resume='none', but output_dir={str(run.path)!r} already holds a run; choose another output_dir, "
+                "delete that one, or continue it with resume=auto"
+            )
+        return None
+    if resume == "auto":
+        return checkpoints[-1] if checkpoints else None
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise CheckpointError(f"resume={resume!r}: no such folder; give a checkpoint, auto or none")
+    if not (folder / STATE_FILE).exists() and RunFolder(folder).list_checkpoints():
+        return RunFolder(folder).list_checkpoints()[-1]
+    return folder
+
+
+def set_aside_newer(run: RunFolder, step: int) -> list[Path]:
+    """Rename the run's checkpoints after ``step``: ``resume=auto`` must not return to the branch that was left."""
+    newer = [path for path in run.list_checkpoints() if checkpoint_step(path) > step]
+    return [path.rename(path.with_name(f"{path.name}.superseded_by_step_{step:08d}")) for path in newer]
+
+
+def differences(folder: Path, config: PretrainConfig) -> dict[str, tuple[object, object]]:
+    """Return the keys whose value differs between a checkpoint's configuration and this one: key → (then, now)."""
+    then = _flatten(asdict(load_config(folder / CONFIG_FILE)))
+    now = _flatten(asdict(config))
+    return {key: (then[key], now[key]) for key in now if then[key] != now[key]}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}.{key}"] = value.detach().contiguous()
+    return tensors
+
+
+def _restore_optimizer(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    torch.set_rng_state(tensors.pop("rng.cpu"))
+    cuda_state = tensors.pop("rng.cuda", None)
+    if cuda_state is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda_state)
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        parameter_name, _, key = name.rpartition(".")
+        if parameter_name not in parameters:
+            raise CheckpointError(f"{OPTIMIZER_FILE} holds {name!r}, which this configuration's model does not have")
+        parameter = parameters[parameter_name]
+        optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            checksum = zlib.crc32(chunk, checksum)
+    return {"bytes": path.stat().st_size, "crc32": checksum}
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remedy(folder: Path) -> str:
+    siblings = [path for path in RunFolder(folder.parent.parent).list_checkpoints() if path.name < folder.name]
+    if not siblings:
+        return "There is no earlier checkpoint beside it: start afresh in another output_dir"
+    previous = siblings[-1]
+    return f"The one before it is step {checkpoint_step(previous)}: continue from it with --resume {previous}"
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

@@ -1,0 +1,46 @@
+"""Stop at the first non-finite number without making the host wait for the device at every step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adamae_fast.errors import RunStoppedError
+
+
+class NonFiniteError(RunStoppedError):
+    """A loss, gradient norm or sampler logit stopped being a number."""
+
+
+class FiniteGuard:
+    """Remembers on the device the first step whose values were not finite, and blocks every update from then on.
+
+    The optimizer gets :meth:`found_inf` (fused AdamW skips its update where it is 1), so parameters are never touched
+    by a bad step although the host hears of it only at the next :meth:`check`.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+        self._names = names
+        self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._bad_values = torch.zeros(len(names), device=device)
+
+    def observe(self, step: int, values: Tensor) -> None:
+        """Look at one value per name, a float tensor on the device."""
+        is_first_bad = (self._bad_step < 0) & ~values.isfinite().all()
+        self._bad_step = torch.where(is_first_bad, step, self._bad_step)
+        self._bad_values = torch.where(is_first_bad, values, self._bad_values)
+
+    def found_inf(self) -> Tensor:
+        """1.0 once any step was bad, else 0.0; stays on the device."""
+        return (self._bad_step >= 0).float()
+
+    def check(self) -> None:
+        """Wait for the device and raise NonFiniteError that names the step and the values, if there was a bad one."""
+        step = int(self._bad_step)
+        if step >= 0:
+            values = ", ".join(f"{n}={v:.6g}" for n, v in zip(self._names, self._bad_values.tolist(), strict=True))
+            raise NonFiniteError(
+                f"step {step + 1}: a value is not finite ({values}); no parameter was changed by it. "
+                "Lower optim.base_lr, set optim.clip_grad_norm, or use train.precision=bf16 in place of fp16, "
+                "and resume from the last checkpoint"
+            )

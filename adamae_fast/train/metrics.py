@@ -1,0 +1,141 @@
+"""What a run writes down while it goes on: metrics.jsonl, TensorBoard curves, and the live progress line."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from adamae_fast.run_folder import RunFolder
+
+T = TypeVar("T")
+
+
+class DataWaitClock:
+    """Measures which share of the time since the last report the loop spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval."""
+        self._start = time.perf_counter()
+        self._waited = 0.0
+
+    def wait_for(self, produce: Callable[[], T]) -> T:
+        """Call ``produce`` and count its time as waiting."""
+        before = time.perf_counter()
+        result = produce()
+        self._waited += time.perf_counter() - before
+        return result
+
+    def elapsed(self) -> float:
+        """Seconds since the interval began."""
+        return time.perf_counter() - self._start
+
+    def wait_share(self) -> float:
+        """Waiting as a share of the interval."""
+        return self._waited / max(self.elapsed(), 1e-9)
+
+
+class MetricsLog:
+    """One JSON object a logged step, and the same figures as TensorBoard curves."""
+
+    def __init__(self, run: RunFolder, first_step: int, *, tensorboard: bool) -> None:
+        keep_metrics_until(run.metrics, first_step)
+        self._file = run.metrics.open("a")
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Append one line and flush it, so that a killed run keeps what it logged."""
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in metrics.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, global_step=int(metrics["step"]))
+
+    def close(self) -> None:
+        """Flush and close both outputs."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the logged objects; a last line that a kill cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def keep_metrics_until(path: Path, step: int) -> None:
+    """Drop the lines after ``step`` (and a torn last line): a resumed run writes them again."""
+    kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
+    if path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        temporary.replace(path)
+
+
+class ProgressLine:
+    """A live line in a terminal; in a log file, one plain line a report and at most one every ten seconds."""
+
+    PLAIN_INTERVAL_S = 10.0
+
+    def __init__(self, console: Console, first_step: int, total_steps: int) -> None:
+        self._console = console
+        self._total_steps = total_steps
+        self._last_plain = float("-inf")
+        self._bar = Progress(
+            TextColumn("pre-training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total_steps, completed=first_step, figures="")
+
+    def advance(self, step: int) -> None:
+        """Move the bar to ``step`` steps done."""
+        self._bar.update(self._task, completed=step)
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Show the newest figures."""
+        figures = (
+            f"loss {metrics['loss']:.4f} · {metrics['clips_per_second']:.1f} clips/s · "
+            f"waiting for data {metrics['data_wait_share']:.0%} · quarantined {metrics['quarantined']:.0f}"
+        )
+        self._bar.update(self._task, figures=figures)
+        now = time.monotonic()
+        is_last = metrics["step"] == self._total_steps
+        if not self._console.is_terminal and (is_last or now - self._last_plain >= self.PLAIN_INTERVAL_S):
+            self._last_plain = now
+            self._console.print(f"step {metrics['step']:.0f}/{self._total_steps} · {figures}", highlight=False)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.stop()
