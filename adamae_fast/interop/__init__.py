@@ -1,0 +1,1 @@
+"""Key maps to and from published AdaMAE and VideoMAE files and transformers' VideoMAE folders."""

@@ -1,0 +1,129 @@
+"""Published AdaMAE and VideoMAE pre-training checkpoints: pickled .pth files with the weights under ``model``.
+
+The two differ only in the sampler's tensors, which VideoMAE does not have. Beside the weights the files hold the
+optimizer, the loss scaler and an ``argparse.Namespace``; none of it is used, but a pickle can only be read as a whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy._core.multiarray import scalar as numpy_scalar
+from torch import Tensor
+
+from adamae_fast.config import LossConfig, MaskConfig
+from adamae_fast.interop.infer import DEFAULT_CLIP, infer_model
+from adamae_fast.interop.keys import (
+    NO_SAMPLER_MASK,
+    Checkpoint,
+    parameter_shapes,
+    published_names,
+    read_tensors,
+    write_tensors,
+)
+from adamae_fast.model.sizes import SIZES
+
+ALLOWED_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,  # "args"
+    # The published training loop stores the learning rate as an element of a numpy array; numpy renamed the module.
+    (numpy_scalar, "numpy.core.multiarray.scalar"),
+    (numpy_scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    np.dtypes.Float64DType,
+]
+"""All that a file may name beside the tensors and containers that ``torch.load(weights_only=True)`` itself allows."""
+
+FINE_TUNING_PREFIXES = ("patch_embed.", "blocks.", "fc_norm.", "head.")
+
+
+def load_pth(path: Path) -> dict[str, Tensor]:
+    """Return the tensors under ``model`` (``module`` in DeepSpeed's files) of a .pth file, running nothing in it.
+
+    Raises ValueError for a file that is no checkpoint, and for one whose pickle names any class or function outside
+    :data:`ALLOWED_GLOBALS`.
+    """
+    try:
+        with torch.serialization.safe_globals(ALLOWED_GLOBALS):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle fails with whatever the reader stumbles over
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is None:
+            raise ValueError(f"{path}: cannot be read as a .pth checkpoint: {error}") from error
+        raise ValueError(
+            f"{path}: refused, because its pickle asks for {named[1]}. Only tensors and plain values are read, since "
+            'a pickle can run code. If you trust the file, save its tensors anew: torch.save({"model": state_dict}, …)'
+        ) from error
+    found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+    key = next((k for k in ("model", "module") if isinstance(content, dict) and isinstance(content.get(k), dict)), None)
+    if key is None:
+        raise ValueError(f"{path}: no weights under 'model'; the file holds {found}")
+    strangers = [str(name) for name, value in content[key].items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise ValueError(f"{path}: these entries of {key!r} are no tensors: {', '.join(strangers)}")
+    return dict(content[key])
+
+
+def read_published(path: Path, num_frames: int | None = None, frame_size: int | None = None) -> Checkpoint:
+    """Read an AdaMAE file (it has ``encoder.pos_embed_probs``) or a VideoMAE file.
+
+    ``num_frames`` and ``frame_size`` describe the clips where the file cannot. Raises ValueError for fine-tuning files,
+    for sizes that are not known, and for missing, unknown or mis-shaped tensors.
+    """
+    tensors, notes = load_pth(path), []
+    if tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+        notes.append("every name began with DDP's 'module.', which was removed")
+    tuned = sorted({name.split(".")[0] for name in tensors if name.startswith(FINE_TUNING_PREFIXES)})
+    if tuned:
+        raise ValueError(
+            f"{path}: a fine-tuning checkpoint (it has {', '.join(f'{name}.*' for name in tuned)}); this version "
+            "converts pre-training checkpoints only, whose names begin with encoder. and decoder."
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    has_sampler = any(name.startswith(("encoder.pos_embed_probs", "encoder.get_token_probs.")) for name in shapes)
+    positions = shapes.get("encoder.pos_embed_probs", ())
+    if has_sampler and len(positions) != 3:
+        raise ValueError(
+            f"{path}: encoder.pos_embed_probs has shape {positions or 'none, it is missing'}; expected (1, N, D)"
+        )
+    model = infer_model(
+        shapes,
+        published_names,
+        str(path),
+        num_tokens=positions[1] if has_sampler else None,
+        num_frames=num_frames,
+        frame_size=frame_size,
+    )
+    if not has_sampler and None in (num_frames, frame_size):
+        notes.append(
+            f"the file does not tell the size of its clips; took {model.num_frames} frames of {model.frame_size}×"
+            f"{model.frame_size} (the published models have {DEFAULT_CLIP[0]} of {DEFAULT_CLIP[1]}); "
+            "--num_frames and --frame_size tell others"
+        )
+    mask = MaskConfig() if has_sampler else NO_SAMPLER_MASK
+    state = read_tensors(tensors, published_names, parameter_shapes(model, mask), str(path))
+    return Checkpoint(model=model, mask=mask, loss=LossConfig(), state=state, notes=tuple(notes))
+
+
+def write_published(path: Path, checkpoint: Checkpoint) -> None:
+    """Write the AdaMAE file of a model with a sampler, the VideoMAE file of one without: ``{"model": …, "epoch": 0}``.
+
+    Raises ValueError for a sampler that is not the published one (one attention block at the encoder's width).
+    """
+    sampler = checkpoint.model.sampler
+    width = SIZES[checkpoint.model.size].encoder.width
+    if checkpoint.has_sampler and (sampler.kind, sampler.depth, sampler.width or width) != ("attention", 1, width):
+        raise ValueError(
+            f"model.sampler={sampler}: AdaMAE's files only hold a sampler of one attention block at the encoder's "
+            f"width ({width}); --to videomae leaves the sampler out"
+        )
+    torch.save({"model": write_tensors(checkpoint.state, published_names), "epoch": 0}, path)

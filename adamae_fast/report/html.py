@@ -1,0 +1,179 @@
+"""The HTML report of a run: one file, no scripts, nothing fetched from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from markupsafe import Markup
+
+from adamae_fast.report.adaptivity import AdaptivityResult
+from adamae_fast.report.curves import adaptivity_bars, compact_number, line_chart
+from adamae_fast.run_folder import RunFolder
+
+CHARTS = (
+    ("loss_reconstruction", "Reconstruction loss", "a"),
+    ("loss_sampling", "Sampling loss", "b"),
+    ("probability_entropy", "Entropy of the probabilities", "b"),
+    ("probability_max", "Largest probability", "b"),
+    ("lr", "Learning rate", "c"),
+    ("grad_norm", "Gradient norm", "c"),
+)
+MAX_QUARANTINE_ROWS = 200
+SMOOTHED_LINES = 5
+"""Logged lines whose mean is the last loss: one batch alone says little."""
+
+
+@dataclass(frozen=True)
+class VideoFigure:
+    """The pictures of one video in the report."""
+
+    name: str
+    caption: str
+    strip_png: bytes
+    animation_gif: bytes
+
+
+@dataclass(frozen=True)
+class Card:
+    """A headline figure."""
+
+    label: str
+    value: str
+    note: str
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A curve with its newest value."""
+
+    title: str
+    newest: str
+    svg: Markup
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a .jsonl file; none if there is no file. A last line cut off by a stopped run is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+def write_page(
+    path: str | Path,
+    *,
+    title: str,
+    run: RunFolder | None = None,
+    figures: Sequence[VideoFigure] = (),
+    adaptivity: AdaptivityResult | None = None,
+    facts: Sequence[tuple[str, str]] = (),
+    unreadable: Sequence[tuple[str, str]] = (),
+) -> Path:
+    """Write one self-contained HTML file and return its path.
+
+    Args:
+        path: the file to write.
+        title: heading, such as the run's name.
+        run: the run whose metrics.jsonl, quarantine.jsonl and config.yaml are shown; what it lacks is left out.
+        figures: pictures of videos, in order.
+        adaptivity: result of ``measure_adaptivity``.
+        facts: name and value of what the run ran on (device, precision, versions).
+        unreadable: path and reason of videos that could not be pictured.
+
+    All text is escaped; images are data URIs and curves inline SVG.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    metrics = read_json_lines(run.metrics) if run else []
+    quarantine = read_json_lines(run.quarantine) if run else []
+    config = run.config.read_text(encoding="utf-8") if run and run.config.is_file() else None
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["data_uri"] = _data_uri
+    html = environment.get_template("report.html").render(
+        title=title,
+        cards=_cards(metrics, len(quarantine), adaptivity),
+        charts=_charts(metrics),
+        adaptivity=adaptivity,
+        adaptivity_svg=adaptivity_bars(adaptivity) if adaptivity else None,
+        figures=figures,
+        facts=facts,
+        config=config,
+        quarantine_columns=_columns(quarantine),
+        quarantine=quarantine[:MAX_QUARANTINE_ROWS],
+        quarantine_left_out=max(0, len(quarantine) - MAX_QUARANTINE_ROWS),
+        unreadable=unreadable,
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    # A file name need not be valid Unicode; what cannot be written shows as "?".
+    temporary.write_text(html, encoding="utf-8", errors="replace")
+    temporary.replace(path)
+    return path
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    """An image inside the page."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of the lines that hold a number under ``key``."""
+    lines = [line for line in metrics if isinstance(line.get(key), (int, float))]
+    return [float(line["step"]) for line in lines], [float(line[key]) for line in lines]
+
+
+def _charts(metrics: Sequence[dict[str, Any]]) -> list[Chart]:
+    """One chart for each known metric that was logged at least twice and is not always the same zero."""
+    charts = []
+    for key, title, colour in CHARTS:
+        steps, values = _series(metrics, key)
+        if len(values) > 1 and any(values):
+            svg = line_chart(steps, values, label=title, colour=colour, smooth=key != "lr")
+            charts.append(Chart(title, compact_number(values[-1]), svg))
+    return charts
+
+
+def _cards(metrics: Sequence[dict[str, Any]], num_quarantined: int, adaptivity: AdaptivityResult | None) -> list[Card]:
+    """The headline figures that this run has; speed and waiting are means over all logged lines."""
+    cards = []
+    _, losses = _series(metrics, "loss")
+    if losses and losses[0]:
+        first, last = losses[0], fmean(losses[-SMOOTHED_LINES:])
+        fall = f"{(last / first - 1) * 100:+.0f} %".replace("-", "−")
+        note = (
+            f"{compact_number(first)} → {compact_number(last)}, mean of the last {len(losses[-SMOOTHED_LINES:])} lines"
+        )
+        cards.append(Card("Loss", fall, note))
+    if adaptivity:
+        note = f"random masks: {adaptivity['random']['value']:.2f}×"
+        cards.append(Card("Adaptivity", f"{adaptivity['adaptive']['value']:.2f}×", note))
+    _, rates = _series(metrics, "clips_per_second")
+    if rates:
+        cards.append(Card("Speed", compact_number(fmean(rates)), "mean over the run", "clips/s"))
+    _, waits = _series(metrics, "data_wait_share")
+    if waits:
+        cards.append(Card("Waiting for data", f"{fmean(waits) * 100:.0f} %", "of the time, on average"))
+    _, memory = _series(metrics, "memory_bytes")
+    if memory:
+        cards.append(Card("Peak memory", f"{max(memory) / 2**30:.1f}", "GPU, or this process on a CPU", "GiB"))
+    if metrics:
+        note = "unreadable videos left out" if num_quarantined else "every video could be read"
+        cards.append(Card("Quarantined", str(num_quarantined), note))
+    return cards
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Keys of all rows, path and reason first."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return sorted(keys, key=lambda key: ("path", "reason").index(key) if key in ("path", "reason") else 2)
