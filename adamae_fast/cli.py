@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from rich.logging import RichHandler
 
 from adamae_fast.config import add_pretrain_arguments, build_config
 from adamae_fast.errors import RunStoppedError
@@ -118,7 +117,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; a user's error is one line on stderr and status 2."""
     words = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, handlers=[_log_handler()], format="%(message)s", force=True)
+    logging.basicConfig(
+        level=logging.INFO, handlers=[_StderrHandler()], format="%(levelname)s: %(message)s", force=True
+    )
     if words == ["--version"]:
         print(f"adamae-fast {__version__}")
         return 0
@@ -138,7 +139,8 @@ def _run(name: str, arguments: list[str]) -> int:
     except (ArgumentError, ValueError, RunStoppedError) as error:
         if os.environ.get("ADAMAE_DEBUG"):
             raise
-        Console(stderr=True).print(f"adamae-fast {name}: {error}", style="red", markup=False, highlight=False)
+        message = f"adamae-fast {name}: {error}"
+        Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
 
 
@@ -155,5 +157,8 @@ def _usage(words: list[str]) -> int:
     return 0 if wants_help else 2
 
 
-def _log_handler() -> logging.Handler:
-    return RichHandler(console=Console(stderr=True), show_time=False, show_path=False, markup=False)
+class _StderrHandler(logging.Handler):
+    """Writes to whatever sys.stderr is at the moment, so that lines appear above a live progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)

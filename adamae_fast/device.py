@@ -11,19 +11,19 @@ from adamae_fast.config import Precision
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device that ``train.device`` means. Raises ValueError where it is not there."""
+def pick_device(name: str, key: str = "device") -> torch.device:
+    """Return the device that ``name`` means: auto, cpu, cuda or cuda:N. Raises ValueError that names ``key``."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"train.device={name!r}: choose auto, cpu, cuda or cuda:N") from error
+        raise ValueError(f"{key}={name!r}: choose auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"train.device={name!r}: choose auto, cpu, cuda or cuda:N")
+        raise ValueError(f"{key}={name!r}: choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"train.device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use; "
+            f"{key}={name!r}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use; "
             "choose another, or cpu"
         )
     return device

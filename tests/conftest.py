@@ -27,3 +27,13 @@ def shared_clips() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there: the part of this test that reads real clips is skipped")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Five rendered videos, H.264 and VP9, with their boxes beside them."""
+    from adamae_fast.data.synthetic import synthesize
+
+    folder = tmp_path_factory.mktemp("rendered") / "set"
+    manifest = synthesize(str(folder), num_videos=5, num_frames=12, width=64, height=64)
+    return [manifest.parent / line.split()[0] for line in manifest.read_text().splitlines()]

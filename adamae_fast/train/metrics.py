@@ -131,7 +131,8 @@ class ProgressLine:
         is_last = metrics["step"] == self._total_steps
         if not self._console.is_terminal and (is_last or now - self._last_plain >= self.PLAIN_INTERVAL_S):
             self._last_plain = now
-            self._console.print(f"step {metrics['step']:.0f}/{self._total_steps} · {figures}", highlight=False)
+            line = f"step {metrics['step']:.0f}/{self._total_steps} · {figures}"
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._bar.start()

@@ -1,12 +1,11 @@
-"""Pre-training: from videos to a checkpoint, metrics and a report."""
+"""Pre-training: from videos to checkpoints, metrics and a report."""
 
 from __future__ import annotations
 
 import logging
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import closing, contextmanager
 
 import torch
 from rich.console import Console
@@ -15,23 +14,25 @@ from adamae_fast.config import PretrainConfig, save_config
 from adamae_fast.data.loader import clip_batches
 from adamae_fast.data.manifest import read_manifest
 from adamae_fast.data.quarantine import Quarantine
+from adamae_fast.device import peak_memory_bytes, pick_device
 from adamae_fast.run_folder import RunFolder
-from adamae_fast.train import checkpoint as checkpoints
-from adamae_fast.train.device import peak_memory_bytes, pick_device
+from adamae_fast.train import checkpoint
 from adamae_fast.train.metrics import DataWaitClock, MetricsLog, ProgressLine
 from adamae_fast.train.schedule import Schedule
 from adamae_fast.train.step import Stepper
+from adamae_fast.train.summary import write_summary
 
 log = logging.getLogger("adamae_fast")
 
 
-def pretrain(config: PretrainConfig, console: Console) -> Path:
-    """Run, or continue, a pre-training run up to its last step or a stop signal. Returns the newest checkpoint.
+def pretrain(config: PretrainConfig, console: Console) -> dict[str, object]:
+    """Run, or continue, a pre-training run up to its last step or a stop signal; return what summary.json holds.
 
-    Raises ValueError for a configuration, manifest or checkpoint that cannot be used, TooManyBadVideos, NonFiniteError.
+    Raises ValueError for a configuration, manifest or checkpoint that cannot be used, and RunStoppedError for too many
+    unreadable videos or a value that is not finite.
     """
     run = RunFolder(config.output_dir)
-    device = pick_device(config.train.device)
+    device = pick_device(config.train.device, "train.device")
     entries = read_manifest(config.data.manifest, config.data.root)
     schedule = Schedule.from_config(config, len(entries))
     torch.manual_seed(config.seed)
@@ -39,22 +40,20 @@ def pretrain(config: PretrainConfig, console: Console) -> Path:
     first_step = _resume(config, run, stepper, len(entries))
     run.path.mkdir(parents=True, exist_ok=True)
     save_config(config, run.config)
-    console.print(
-        f"{len(entries)} videos on {device}, {config.train.precision}: {schedule.describe()}", highlight=False
-    )
+    console.print(f"{len(entries)} videos · {device}, {config.train.precision} · {schedule.describe()}", soft_wrap=True)
 
     accumulate = config.train.accumulate
     batches = clip_batches(config, entries, first_step * accumulate, schedule.total_steps * accumulate, device)
     quarantine = Quarantine(run.quarantine, len(entries), config.data.max_bad_share)
-    clock = DataWaitClock()
-    saved = run.checkpoint(first_step)
+    step, last_logged = first_step, first_step
     with (
+        closing(batches),
         MetricsLog(run, first_step, tensorboard=config.log.tensorboard) as metrics_log,
         ProgressLine(console, first_step, schedule.total_steps) as progress,
         stop_signals() as stop,
     ):
-        last_logged = first_step
-        for step in range(first_step, schedule.total_steps):
+        clock = DataWaitClock()
+        while step < schedule.total_steps and not stop:
             learning_rate = schedule.learning_rate(step)
             stepper.begin(step, learning_rate)
             for _ in range(accumulate):
@@ -62,48 +61,48 @@ def pretrain(config: PretrainConfig, console: Console) -> Path:
                 quarantine.add(batch.bad)
                 stepper.accumulate(batch.video)
             stepper.finish(step)
-            done = step + 1
-            progress.advance(done)
+            step += 1
+            progress.advance(step)
 
-            ends = done == schedule.total_steps or bool(stop)
-            if ends or done % config.log.every == 0:
-                figures = stepper.read_figures()
+            ends = step == schedule.total_steps or bool(stop)
+            if ends or step == 1 or step % config.log.every == 0:
                 metrics = {
-                    "step": done,
-                    **figures,
+                    "step": step,
+                    **stepper.read_figures(),
                     "lr": learning_rate,
-                    "epoch": done / schedule.steps_per_epoch,
-                    "clips_per_second": (done - last_logged) * schedule.total_batch / clock.elapsed(),
+                    "epoch": step / schedule.steps_per_epoch,
+                    "clips_per_second": (step - last_logged) * schedule.total_batch / clock.elapsed(),
                     "data_wait_share": clock.wait_share(),
                     "memory_bytes": peak_memory_bytes(device),
                     "quarantined": quarantine.count,
                 }
                 metrics_log.write(metrics)
                 progress.report(metrics)
+                last_logged = step
                 clock.restart()
-                last_logged = done
-            if ends or done % config.checkpoint.every == 0:
+            if ends or step % config.checkpoint.every == 0:
                 stepper.guard.check()
-                state = checkpoints.RunState(step=done, num_videos=len(entries), loss_scale=stepper.scaler.state_dict())
-                saved = checkpoints.save_checkpoint(run, config, stepper.model, stepper.optimizer, state)
-            if stop:
-                console.print(f"stopped by {stop[0]} after step {done}; run the same command again to continue")
-                break
-    return saved
+                state = checkpoint.RunState(step=step, num_videos=len(entries), loss_scale=stepper.scaler.state_dict())
+                checkpoint.save_checkpoint(run, config, stepper.model, stepper.optimizer, state)
+
+    if step < schedule.total_steps:
+        console.print(f"stopped by {stop[0]} after step {step}; the same command continues", soft_wrap=True)
+    return write_summary(run, config, stepper.model, entries, step, schedule.total_steps, console)
 
 
 def _resume(config: PretrainConfig, run: RunFolder, stepper: Stepper, num_videos: int) -> int:
     """Restore the state that ``resume`` asks for; return the number of steps already done."""
-    folder = checkpoints.find_resume_point(config.resume, run)
+    folder = checkpoint.find_resume_point(config.resume, run)
     if folder is None:
         return 0
-    state = checkpoints.load_checkpoint(folder, stepper.model, stepper.optimizer)
-    stepper.scaler.load_state_dict(state.loss_scale) if state.loss_scale else None
-    for key, (then, now) in checkpoints.differences(folder, config).items():
-        log.warning("%s was %r in %s and is %r now: this run is no exact continuation", key, then, folder, now)
+    state = checkpoint.load_checkpoint(folder, stepper.model, stepper.optimizer)
+    if state.loss_scale:
+        stepper.scaler.load_state_dict(state.loss_scale)
+    for key, (then, now) in checkpoint.differences(folder, config).items():
+        log.warning("%s was %r in %s and is %r now", key, then, folder, now)
     if state.num_videos != num_videos:
-        log.warning("%s was written with %d videos, not %d: clips differ", folder, state.num_videos, num_videos)
-    for path in checkpoints.set_aside_newer(run, state.step):
+        log.warning("%s was written with %d videos, not %d: other clips follow", folder, state.num_videos, num_videos)
+    for path in checkpoint.set_aside_newer(run, state.step):
         log.warning("a newer checkpoint was set aside as %s", path)
     log.info("continuing from %s", folder)
     return state.step

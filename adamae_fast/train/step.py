@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from adamae_fast.config import PretrainConfig
+from adamae_fast.device import arithmetic
 from adamae_fast.model.adamae import AdaMAE, AdaMAEOutput
-from adamae_fast.train.device import arithmetic
 from adamae_fast.train.finite import FiniteGuard
 from adamae_fast.train.optim import build_optimizer, set_learning_rate
 

@@ -1,0 +1,92 @@
+import io
+import json
+import time
+
+import pytest
+from rich.console import Console
+
+from adamae_fast.run_folder import RunFolder
+from adamae_fast.train.metrics import DataWaitClock, MetricsLog, ProgressLine, keep_metrics_until, read_metrics
+
+
+def figures(step):
+    return {"step": step, "loss": 1.0 / step, "clips_per_second": 3.0, "data_wait_share": 0.25, "quarantined": 1}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder(tmp_path)
+
+
+def test_lines_are_readable_at_once_and_survive_a_torn_end(run):
+    with MetricsLog(run, 0, tensorboard=False) as log:
+        for step in (1, 2, 3):
+            log.write(figures(step))
+        assert [entry["step"] for entry in read_metrics(run.metrics)] == [1, 2, 3]
+    with run.metrics.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [entry["step"] for entry in read_metrics(run.metrics)] == [1, 2, 3]
+
+
+def test_a_resumed_run_writes_its_steps_once(run):
+    with MetricsLog(run, 0, tensorboard=False) as log:
+        for step in (1, 2, 3):
+            log.write(figures(step))
+    run.metrics.write_text(run.metrics.read_text() + '{"torn')
+    with MetricsLog(run, 2, tensorboard=False) as log:
+        log.write(figures(3))
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_nothing_to_keep(run):
+    assert read_metrics(run.metrics) == []
+    keep_metrics_until(run.metrics, 5)
+    assert not run.metrics.exists()
+
+
+def test_tensorboard_holds_the_same_figures(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(run, 0, tensorboard=True) as log:
+        log.write(figures(2))
+    events = EventAccumulator(str(run.tensorboard)).Reload()
+    assert {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]} == {
+        key: value for key, value in figures(2).items() if key != "step"
+    }
+
+
+def test_wait_share_counts_only_what_was_waited_for(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    def produce():
+        nonlocal now
+        now += 1.0
+        return "batch"
+
+    clock = DataWaitClock()
+    assert clock.wait_for(produce) == "batch"
+    now += 3.0
+    assert (clock.elapsed(), clock.wait_share()) == (4.0, 0.25)
+    clock.restart()
+    assert clock.wait_share() == 0
+
+
+def test_progress_in_a_log_file_is_a_plain_line(run):
+    text = io.StringIO()
+    with ProgressLine(Console(file=text, width=200), 0, 2) as line:
+        for step in (1, 2):
+            line.advance(step)
+            line.report(figures(step))
+    assert text.getvalue().splitlines() == [
+        f"step {step}/2 · loss {1 / step:.4f} · 3.0 clips/s · waiting for data 25% · quarantined 1" for step in (1, 2)
+    ]
+
+
+def test_progress_in_a_terminal_is_live():
+    text = io.StringIO()
+    with ProgressLine(Console(file=text, width=160, force_terminal=True), 0, 2) as line:
+        line.advance(2)
+        line.report(figures(2))
+    assert "loss 0.5000" in text.getvalue()
+    assert "2/2" in text.getvalue()

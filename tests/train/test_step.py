@@ -1,0 +1,117 @@
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from adamae_fast.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig, SamplerConfig, TrainConfig
+from adamae_fast.train.finite import NonFiniteError
+from adamae_fast.train.step import FIGURES, Stepper
+
+SIZES = {"size": "nano", "num_frames": 4, "frame_size": 32, "tubelet_size": 2, "patch_size": 16}  # 8 tokens
+
+
+def build(*, optim=None, strategy="adaptive", **train):
+    config = PretrainConfig(
+        model=ModelConfig(**SIZES, sampler=SamplerConfig(dropout=0.0)),
+        mask=MaskConfig(ratio=0.5, strategy=strategy),
+        optim=OptimConfig(**(optim or {})),
+        train=TrainConfig(**{"precision": "fp32", **train}),
+    )
+    torch.manual_seed(0)
+    return Stepper(config, torch.device("cpu"))
+
+
+def clips(batch_size=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (batch_size, 3, 4, 32, 32), dtype=torch.uint8, generator=generator)
+
+
+def run_step(stepper, *micro_batches, step=0, learning_rate=1e-3):
+    stepper.begin(step, learning_rate)
+    for video in micro_batches:
+        stepper.accumulate(video)
+    stepper.finish(step)
+    return stepper.read_figures()
+
+
+def force_ids(stepper):
+    ids = torch.tensor([[0, 2, 5, 7]])
+    forward = stepper.model.forward
+    stepper.model.forward = lambda video, generator: forward(video, visible_ids=ids.expand(video.shape[0], -1))
+    return stepper
+
+
+def test_two_accumulated_halves_equal_one_batch():
+    one, two = force_ids(build(accumulate=1)), force_ids(build(accumulate=2))
+    whole = run_step(one, clips())
+    halves = run_step(two, clips()[:2], clips()[2:])
+    for name in ("loss", "loss_reconstruction", "loss_sampling", "grad_norm"):
+        assert halves[name] == pytest.approx(whole[name], rel=1e-5), name
+    for first, second in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        gradients = (stepper.optimizer.state[p]["exp_avg"] for stepper, p in ((one, first), (two, second)))
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_clipping_limits_the_update_and_reports_the_norm_before():
+    free, clipped = build(), build(optim={"clip_grad_norm": 1e-3})
+    assert run_step(clipped, clips())["grad_norm"] == run_step(free, clips())["grad_norm"] > 1e-3
+
+
+def test_reported_entropy_and_maximum():
+    figures = run_step(build(), clips())
+    assert set(figures) == {*FIGURES, "grad_norm"}
+    assert 0 < figures["probability_entropy"] <= torch.log(torch.tensor(8.0))
+    assert 1 / 8 <= figures["probability_max"] <= 1
+
+
+def test_figures_without_a_sampler_are_zero():
+    figures = run_step(build(strategy="tube"), clips())
+    assert figures["probability_max"] == figures["loss_sampling"] == 0
+
+
+def test_masks_depend_on_seed_and_step_only():
+    stepper, seen = build(), []
+    forward = stepper.model.forward
+
+    def remember(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        seen.append(output.visible_ids)
+        return output
+
+    stepper.model.forward = remember
+    for step in (0, 1, 0):
+        run_step(stepper, clips(64), step=step, learning_rate=0.0)
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("weights", ["decoder.head.weight", "sampler.head.weight"])
+def test_a_non_finite_value_is_named_with_its_step_and_changes_nothing(weights):
+    stepper = build()
+    run_step(stepper, clips(), step=0)
+    with torch.no_grad():
+        stepper.model.get_parameter(weights)[0, 0] = float("inf")
+    before = {name: p.clone() for name, p in stepper.model.named_parameters()}
+    with pytest.raises(NonFiniteError, match="step 2: a value is not finite"):
+        run_step(stepper, clips(), step=1)
+    for name, parameter in stepper.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains(precision):
+    stepper = build(precision=precision)
+    losses = [run_step(stepper, clips(), step=step)["loss"] for step in range(30)]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_the_step_never_waits_for_the_device():
+    stepper = build()
+    run_step(stepper, clips())
+    stepper.begin(1, 1e-3)
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        stepper.accumulate(clips())
+        stepper.finish(1)
+    called = {event.key for event in trace.key_averages()}
+    assert "aten::addmm" in called
+    waiting = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select"}
+    assert not called & waiting
