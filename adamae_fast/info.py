@@ -69,19 +69,33 @@ def _device() -> str:
 
 def _backends() -> list[Backend]:
     return [
+        # PyAV before decord: decord offers its old codec libraries to the whole process, and PyAV must not pick them up.
+        _package("av", "PyAV: lists frames, decodes what decord cannot, writes videos", "av"),
         _package("decord", "fast seeking video decoder", "decord"),
-        _package("av", "PyAV: decodes what decord cannot, writes videos", "av"),
         _package("nvidia.dali", "video decoding on the GPU", "nvidia-dali-cuda130", needs_cuda=True),
         _package("triton", "GPU kernels", "triton", needs_cuda=True),
         _package("flash_attn", "attention", "flash-attn", needs_cuda=True),
         _package("xformers.ops", "attention", "xformers", needs_cuda=True, attribute="memory_efficient_attention"),
-        _package("apex.optimizers", "fused optimizer", "apex", needs_cuda=True, attribute="FusedAdam"),
+        _package(
+            "apex.optimizers",
+            "fused optimizer",
+            "apex",
+            needs_cuda=True,
+            attribute="FusedAdam",
+            install="build it from NVIDIA's sources; the apex on PyPI is another package",
+        ),
         _package("transformers", "conversion to and from its VideoMAE folders", "transformers"),
     ]
 
 
 def _package(
-    module: str, purpose: str, distribution: str, *, needs_cuda: bool = False, attribute: str | None = None
+    module: str,
+    purpose: str,
+    distribution: str,
+    *,
+    needs_cuda: bool = False,
+    attribute: str | None = None,
+    install: str = "",
 ) -> Backend:
     """Import a package to see whether it really works: one that installs well may still lack what is used of it."""
     name = module.partition(".")[0] if module != "nvidia.dali" else module
@@ -90,8 +104,9 @@ def _package(
         if attribute is not None:
             getattr(imported, attribute)
     except ModuleNotFoundError as error:
-        missing = f"not installed: pip install {distribution}"
-        return Backend(name, purpose, False, missing if error.name == name else f"not usable: {error}")
+        is_missing = error.name is not None and f"{module}.".startswith(f"{error.name}.")
+        missing = f"not installed: {install or f'pip install {distribution}'}"
+        return Backend(name, purpose, False, missing if is_missing else f"not usable: {error}")
     except Exception as error:  # a broken binary raises anything, and this command exists to say what
         return Backend(name, purpose, False, f"not usable: {type(error).__name__}: {error}")
     version = _version(distribution)

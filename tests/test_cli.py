@@ -1,0 +1,63 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from adamae_fast import __version__
+from adamae_fast.cli import COMMANDS, main
+
+
+def test_module_and_version():
+    finished = subprocess.run([sys.executable, "-m", "adamae_fast", "--version"], capture_output=True, text=True)
+    assert finished.stdout.split() == ["adamae-fast", __version__]
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([*name.split(), "--help"])
+    assert f"adamae-fast {name}" in capsys.readouterr().out
+
+
+def test_unknown_command_is_an_error(capsys):
+    assert main(["pretain"]) == 2
+    assert "there is no command 'pretain'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--mask.ratio", "2"], "mask.ratio=2.0"),
+        (["--mask.ratoi", "0.9"], "mask.ratoi"),
+        (["--data.manifest", "nowhere.txt"], "nowhere.txt"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--train.device", "tpu"], "train.device='tpu'"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_status_2(arguments, words, capsys, tmp_path):
+    assert main(["pretrain", "--output_dir", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+def test_info_says_what_is_missing_and_why(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["adamae_fast"] == __version__
+    backends = {backend["name"]: backend for backend in facts["backends"]}
+    assert {"decord", "av", "triton", "flash_attn", "xformers", "apex", "nvidia.dali"} <= set(backends)
+    assert all(backend["detail"] for backend in backends.values())
+    assert backends["av"]["available"]
+
+
+def test_info_table_names_every_back_end(capsys):
+    assert main(["info"]) == 0
+    assert "flash_attn" in capsys.readouterr().out
