@@ -124,10 +124,10 @@ class AdaMAE(nn.Module):
 
         Args:
             video: uint8 (B, 3, T, H, W).
-            visible_ids: forced visible ids (B, K), ascending; drawn by the masking strategy if None.
+            visible_ids: forced visible ids (B, K) in any order; drawn by the masking strategy if None.
             generator: source of the masking noise, on the video's device; torch's own if None.
 
-        Raises ValueError for a video of another shape or dtype, or ids out of range or order.
+        Raises ValueError for a video of another shape or dtype, and for ids that are out of range or named twice.
         """
         self._check_video(video)
         tokens_BND = self.tokenizer(video)

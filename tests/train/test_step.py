@@ -111,7 +111,9 @@ def test_the_step_never_waits_for_the_device():
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         stepper.accumulate(clips())
         stepper.finish(1)
-    called = {event.key for event in trace.key_averages()}
-    assert "aten::addmm" in called
-    waiting = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select"}
-    assert not called & waiting
+    called = [event for event in trace.events() if event.name.startswith("aten::")]
+    assert "aten::addmm" in {event.name for event in called}
+    waiting = {"aten::item", "aten::nonzero", "aten::is_nonzero", "aten::masked_select"}
+    # torch's fused AdamW for the CPU reads its own step counter; the one for CUDA does not.
+    callers = [event.cpu_parent.name for event in called if event.name in waiting]
+    assert set(callers) <= {"aten::_fused_adamw_"}

@@ -1,0 +1,227 @@
+"""Reconstruction error of every masked token (paper eq. 4, before its mean over tokens).
+
+    error[b, m] = mean over P of  (prediction - target)²   or   |prediction - target|
+
+Targets are built from the uint8 clip; x is a token's pixels v / 255 in [0, 1], laid out (t, h, w, c), channel fastest:
+    normalized   (x - mean) / (sqrt(var) + 1e-6), mean and unbiased variance per token and colour channel (VideoMAE)
+    mae_st       (x - mean) / sqrt(var + 1e-6), mean and unbiased variance over all P values of the token (MAE-ST)
+    raw          x
+Backward: 2 (prediction - target) / P · grad   or   sign(prediction - target) / P · grad (0 where they are equal).
+
+Letters: B clips, C channels, T frames, H, W pixels, M masked tokens, P pixels a token; t, h, w inside a token.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adamae_fast.ops.patchify import check_video, tubelet_grid, tubelet_view
+from adamae_fast.ops.registry import (
+    accumulate_dtype,
+    check_floating,
+    check_id_range,
+    check_ids,
+    check_same_device,
+    register,
+    register_autograd,
+)
+
+Target = Literal["normalized", "raw", "mae_st"]
+"""What the decoder is asked for."""
+
+Error = Literal["mse", "l1"]
+"""Squared or absolute error."""
+
+_TARGETS_SCHEMA = (
+    "patch_targets(Tensor video, Tensor masked_ids, int tubelet_size, int patch_size, str target, ScalarType dtype)"
+    " -> Tensor"
+)
+_SCHEMA = (
+    "masked_patch_loss(Tensor prediction, Tensor video, Tensor masked_ids, int tubelet_size, int patch_size,"
+    " str target, str error) -> Tensor"
+)
+_BACKWARD_SCHEMA = (
+    "masked_patch_loss_backward(Tensor grad, Tensor prediction, Tensor video, Tensor masked_ids, int tubelet_size,"
+    " int patch_size, str target, str error) -> Tensor"
+)
+
+
+def _targets_reference(
+    video_BCTHW: Tensor, masked_ids_BM: Tensor, tubelet_size: int, patch_size: int, target: str, dtype: torch.dtype
+) -> Tensor:
+    frames, rows, columns = tubelet_grid(video_BCTHW, tubelet_size, patch_size)
+    check_id_range("masked_ids", masked_ids_BM, frames * rows * columns)
+    # Indexing the strided view copies the masked tubelets' bytes and no others.
+    clip_B1 = torch.arange(video_BCTHW.shape[0], device=video_BCTHW.device).unsqueeze(1)
+    frame_BM, row_BM = masked_ids_BM // (rows * columns), masked_ids_BM // columns % rows
+    view = tubelet_view(video_BCTHW, tubelet_size, patch_size).movedim(4, -1)
+    pixels_BMthwC = view[clip_B1, frame_BM, row_BM, masked_ids_BM % columns]
+    v_BMSC = pixels_BMthwC.flatten(2, 4).to(dtype)
+    if target == "raw":
+        return (v_BMSC / 255).flatten(2)
+    # x - mean = (count · v - Σ v) / (255 · count), and the numerator is an exact integer even in fp32: nothing cancels,
+    # and a token of one colour becomes exactly 0. So everything is kept in units of 1 / (255 · count).
+    over = (2,) if target == "normalized" else (2, 3)
+    count = math.prod(v_BMSC.shape[i] for i in over)
+    centred_BMSC = count * v_BMSC - v_BMSC.sum(over, keepdim=True)
+    variance = centred_BMSC.square().sum(over, keepdim=True) / (count - 1)
+    unit = 255 * count
+    deviation = variance.sqrt() + unit * 1e-6 if target == "normalized" else (variance + unit**2 * 1e-6).sqrt()
+    return (centred_BMSC / deviation).flatten(2)
+
+
+def _reference(
+    prediction_BMP: Tensor,
+    video_BCTHW: Tensor,
+    masked_ids_BM: Tensor,
+    tubelet_size: int,
+    patch_size: int,
+    target: str,
+    error: str,
+) -> Tensor:
+    dtype = accumulate_dtype(prediction_BMP.dtype)
+    difference_BMP = prediction_BMP.to(dtype) - _targets_reference(
+        video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target, dtype
+    )
+    return (difference_BMP.square() if error == "mse" else difference_BMP.abs()).mean(dim=2)
+
+
+def _backward_reference(
+    grad_BM: Tensor,
+    prediction_BMP: Tensor,
+    video_BCTHW: Tensor,
+    masked_ids_BM: Tensor,
+    tubelet_size: int,
+    patch_size: int,
+    target: str,
+    error: str,
+) -> Tensor:
+    dtype = accumulate_dtype(prediction_BMP.dtype)
+    difference_BMP = prediction_BMP.to(dtype) - _targets_reference(
+        video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target, dtype
+    )
+    slope_BMP = 2 * difference_BMP if error == "mse" else difference_BMP.sign()
+    grad_prediction_BMP = slope_BMP * (grad_BM.to(dtype) / prediction_BMP.shape[2]).unsqueeze(2)
+    return grad_prediction_BMP.to(prediction_BMP.dtype).contiguous()
+
+
+def _targets_fake(
+    video_BCTHW: Tensor, masked_ids_BM: Tensor, tubelet_size: int, patch_size: int, target: str, dtype: torch.dtype
+) -> Tensor:
+    num_pixels = video_BCTHW.shape[1] * tubelet_size * patch_size**2
+    return video_BCTHW.new_empty((*masked_ids_BM.shape, num_pixels), dtype=dtype)
+
+
+def _fake(
+    prediction_BMP: Tensor,
+    video_BCTHW: Tensor,
+    masked_ids_BM: Tensor,
+    tubelet_size: int,
+    patch_size: int,
+    target: str,
+    error: str,
+) -> Tensor:
+    return prediction_BMP.new_empty(masked_ids_BM.shape, dtype=accumulate_dtype(prediction_BMP.dtype))
+
+
+def _backward_fake(
+    grad_BM: Tensor,
+    prediction_BMP: Tensor,
+    video_BCTHW: Tensor,
+    masked_ids_BM: Tensor,
+    tubelet_size: int,
+    patch_size: int,
+    target: str,
+    error: str,
+) -> Tensor:
+    return prediction_BMP.new_empty(prediction_BMP.shape)
+
+
+_patch_targets = register(_TARGETS_SCHEMA, reference=_targets_reference, fake=_targets_fake)
+_masked_patch_loss = register(_SCHEMA, reference=_reference, fake=_fake)
+_masked_patch_loss_backward = register(_BACKWARD_SCHEMA, reference=_backward_reference, fake=_backward_fake)
+
+
+class _MaskedPatchLoss(torch.autograd.Function):
+    """Keeps its inputs alone; the backward builds the target again from the uint8 clip."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        prediction_BMP: Tensor,
+        video_BCTHW: Tensor,
+        masked_ids_BM: Tensor,
+        tubelet_size: int,
+        patch_size: int,
+        target: str,
+        error: str,
+    ) -> Tensor:
+        ctx.save_for_backward(prediction_BMP, video_BCTHW, masked_ids_BM)
+        ctx.settings = (tubelet_size, patch_size, target, error)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _masked_patch_loss(prediction_BMP, video_BCTHW, masked_ids_BM, *ctx.settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BM: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
+        grad_prediction = _masked_patch_loss_backward(grad_BM, *ctx.saved_tensors, *ctx.settings)
+        return grad_prediction, None, None, None, None, None, None
+
+
+register_autograd(_masked_patch_loss, _MaskedPatchLoss)
+
+
+def patch_targets(
+    video_BCTHW: Tensor, masked_ids_BM: Tensor, *, tubelet_size: int, patch_size: int, target: Target
+) -> Tensor:
+    """Return what the decoder should predict for each masked token, (B, M, P) in fp32, values ordered (t, h, w, c).
+
+    Formulas at the top of this file. Deterministic, no gradient. Raises ValueError as :func:`masked_patch_loss` does.
+    """
+    _check_target(video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target)
+    return _patch_targets(video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target, torch.float32)
+
+
+def masked_patch_loss(
+    prediction_BMP: Tensor,
+    video_BCTHW: Tensor,
+    masked_ids_BM: Tensor,
+    *,
+    tubelet_size: int,
+    patch_size: int,
+    target: Target,
+    error: Error,
+) -> Tensor:
+    """Return the error of each masked token, (B, M), averaged over its P values (formulas at the top of this file).
+
+    ``video_BCTHW`` is the uint8 clip, ``masked_ids_BM`` int64. Arithmetic and result are fp32 (fp64 for an fp64
+    prediction) whatever the prediction's dtype; the gradient, to the prediction only, comes in the prediction's dtype.
+    Autograd keeps the three inputs and no target. Deterministic, differentiable once.
+
+    Raises ValueError if shapes, dtypes or devices disagree, sizes do not divide the clip, ``target`` or ``error`` is
+    unknown, a variance is asked of a single value, or, for ids on the CPU, one is out of range.
+    """
+    _check_target(video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target)
+    if error not in get_args(Error):
+        raise ValueError(f"error={error!r}: choose one of {', '.join(get_args(Error))}")
+    num_pixels = video_BCTHW.shape[1] * tubelet_size * patch_size**2
+    check_floating("prediction", prediction_BMP, (*masked_ids_BM.shape, num_pixels), "BMP")
+    check_same_device("prediction", prediction_BMP, video_BCTHW.device)
+    return _masked_patch_loss(prediction_BMP, video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target, error)
+
+
+def _check_target(video_BCTHW: Tensor, masked_ids_BM: Tensor, tubelet_size: int, patch_size: int, target: str) -> None:
+    check_video(video_BCTHW, tubelet_size, patch_size)
+    check_ids("masked_ids", masked_ids_BM, video_BCTHW.shape[0], video_BCTHW.device)
+    if target not in get_args(Target):
+        raise ValueError(f"target={target!r}: choose one of {', '.join(get_args(Target))}")
+    if target == "normalized" and tubelet_size * patch_size**2 == 1:
+        raise ValueError(
+            "target='normalized' needs the variance of each colour channel of a token, but tubelet_size=1 and "
+            "patch_size=1 leave one value; choose target='raw' or larger tubelets"
+        )

@@ -1,0 +1,175 @@
+"""Every registered operation, whatever it computes: tracing, autograd and compilation know it, any strides will do."""
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.utils import _pytree as pytree
+
+import adamae_fast.ops
+from adamae_fast.ops.assemble_decoder import assemble_decoder
+from adamae_fast.ops.gather_tokens import gather_tokens
+from adamae_fast.ops.masked_patch_loss import masked_patch_loss, patch_targets
+from adamae_fast.ops.patchify import embed_tubelets, patchify
+from adamae_fast.ops.registry import registered_names
+from adamae_fast.ops.sample_visible import sample_visible, split_tokens
+from adamae_fast.ops.sampling_loss import sampling_loss
+from adamae_fast.testing import OPERATION_INPUTS, InputFactory, OpShape, scattered_in_memory
+
+for module in pkgutil.iter_modules(adamae_fast.ops.__path__):
+    importlib.import_module(f"adamae_fast.ops.{module.name}")
+
+every_operation = pytest.mark.parametrize("name", registered_names())
+every_gradient = pytest.mark.parametrize("name", [n for n, inputs in OPERATION_INPUTS.items() if inputs.differentiable])
+
+
+def operation(name: str):
+    return getattr(torch.ops.adamae_fast, name).default
+
+
+def tensors(value) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(function, arguments):
+    return pytree.tree_map_only(Tensor, function, arguments)
+
+
+def test_no_operation_escapes() -> None:
+    assert registered_names() == sorted(OPERATION_INPUTS)
+
+
+@every_operation
+@pytest.mark.parametrize("layout", ["contiguous", "scattered"])
+def test_opcheck(name: str, layout: str) -> None:
+    inputs = OPERATION_INPUTS[name]
+    for arguments in inputs.make_requiring_grad(InputFactory(OpShape())):
+        if layout == "scattered":
+            arguments = map_tensors(
+                lambda x: scattered_in_memory(x.detach()).requires_grad_(x.requires_grad), arguments
+            )
+        torch.library.opcheck(operation(name), arguments)
+
+
+@every_gradient
+def test_gradcheck(name: str) -> None:
+    small = OpShape(grid=(2, 1, 2), tubelet_size=1, patch_size=2, num_visible=2, width=3)
+    for arguments in OPERATION_INPUTS[name].make_requiring_grad(InputFactory(small, dtype=torch.float64)):
+        assert gradcheck(operation(name), arguments)
+
+
+@every_gradient
+def test_has_no_second_derivative_and_says_so(name: str) -> None:
+    inputs = OPERATION_INPUTS[name]
+    arguments = inputs.make_requiring_grad(InputFactory(OpShape()))[0]
+    output = tensors(operation(name)(*arguments))[0]
+    weights = torch.ones_like(output).requires_grad_()
+    (grad, *_) = torch.autograd.grad(output, arguments[inputs.differentiable[0]], weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@every_operation
+def test_compiles_into_one_graph(name: str) -> None:
+    inputs = OPERATION_INPUTS[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *arguments: operation(name)(*arguments), fullgraph=True, backend="aot_eager")
+    arguments = inputs.make_requiring_grad(InputFactory(OpShape()))[0]
+    expected, actual = tensors(operation(name)(*arguments)), tensors(compiled(*arguments))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    leaves = [arguments[i] for i in inputs.differentiable]
+    if leaves:
+        gradients = [torch.autograd.grad(output[0].sum(), leaves) for output in (actual, expected)]
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_public_functions_compile_into_one_graph(dynamic: bool) -> None:
+    """Their checks, too, can be traced."""
+    shape = OpShape()
+    sizes = {"tubelet_size": shape.tubelet_size, "patch_size": shape.patch_size}
+
+    def step(video: Tensor, weight: Tensor, bias: Tensor, noise: Tensor, positions: Tensor) -> Tensor:
+        tokens = embed_tubelets(video, weight, bias)
+        logits = tokens.mean(2)
+        split = sample_visible(logits, noise, shape.num_visible)
+        split = split_tokens(split.visible_ids_BK, shape.num_tokens)
+        visible = gather_tokens(tokens, split.visible_ids_BK, split.slots_BN, positions)
+        decoded = assemble_decoder(visible, bias, positions, split.visible_ids_BK, split.masked_ids_BM)
+        prediction = decoded[:, shape.num_visible :] @ weight.flatten(1)
+        error = masked_patch_loss(prediction, video, split.masked_ids_BM, **sizes, target="normalized", error="mse")
+        targets = patch_targets(video, split.masked_ids_BM, **sizes, target="mae_st")
+        constant = patchify(video, **sizes).mean() + targets.mean()
+        return error.mean() + sampling_loss(logits, split.masked_ids_BM, error).mean() + constant
+
+    factory = InputFactory(shape)
+    video, weight, bias, *_ = OPERATION_INPUTS["embed_tubelets"].make_requiring_grad(factory)[0]
+    inputs = video, weight, bias, factory.noise(), factory.positions()
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    expected, actual = step(*inputs), compiled(*inputs)
+    torch.testing.assert_close(actual, expected)
+    gradients = [torch.autograd.grad(loss, (weight, bias)) for loss in (actual, expected)]
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@every_operation
+def test_takes_any_strides(name: str) -> None:
+    for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape(), dtype=torch.float64)):
+        scattered = map_tensors(scattered_in_memory, arguments)
+        assert not any(x.is_contiguous() for x in tensors(scattered))
+        expected, actual = tensors(operation(name)(*arguments)), tensors(operation(name)(*scattered))
+        assert all(x.is_contiguous() for x in expected + actual)
+        torch.testing.assert_close(actual, expected)
+
+
+@every_operation
+def test_takes_a_tensor_that_is_one_number_many_times(name: str) -> None:
+    """The gradient of a sum is one number expanded; ids must stay distinct and keep their values."""
+    for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape(), dtype=torch.float64)):
+        expanded = map_tensors(lambda x: x.flatten()[0].expand(x.shape) if x.dtype != torch.int64 else x, arguments)
+        copied = map_tensors(Tensor.contiguous, expanded)
+        torch.testing.assert_close(operation(name)(*expanded), operation(name)(*copied))
+
+
+@every_gradient
+def test_gradient_of_a_sum(name: str) -> None:
+    inputs = OPERATION_INPUTS[name]
+    for arguments in inputs.make_requiring_grad(InputFactory(OpShape(), dtype=torch.float64)):
+        leaves = [arguments[i] for i in inputs.differentiable]
+        output = tensors(operation(name)(*arguments))[0]
+        from_sum = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
+        torch.testing.assert_close(from_sum, torch.autograd.grad(output, leaves, torch.ones_like(output)))
+
+
+@every_operation
+def test_repeats_bit_by_bit_and_leaves_its_inputs_alone(name: str) -> None:
+    for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape())):
+        before = map_tensors(Tensor.clone, arguments)
+        first, second = (operation(name)(*arguments) for _ in range(2))
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+        torch.testing.assert_close(tensors(arguments), tensors(before), rtol=0, atol=0)
+
+
+@every_operation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    """Which dtype a model computes in is decided where the operation is called, once, and not inside."""
+    for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape(), dtype=dtype)):
+        expected = operation(name)(*arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(operation(name)(*arguments), expected, rtol=0, atol=0)
+
+
+@every_operation
+def test_reference_never_reads_a_value_back_from_the_device(name: str) -> None:
+    """Tensors on the meta device have no values: nonzero, a boolean index or .item() would raise."""
+    no_kernel_but_the_reference = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
+    for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape())):
+        without_values = map_tensors(lambda x: x.to("meta"), arguments)
+        actual = tensors(operation(name).redispatch(no_kernel_but_the_reference, *without_values))
+        for x, expected in zip(actual, tensors(operation(name)(*arguments)), strict=True):
+            assert (x.shape, x.dtype, x.stride()) == (expected.shape, expected.dtype, expected.stride())
