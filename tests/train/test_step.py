@@ -9,7 +9,10 @@ from adamae_fast.train.step import FIGURES, Stepper
 SIZES = {"size": "nano", "num_frames": 4, "frame_size": 32, "tubelet_size": 2, "patch_size": 16}  # 8 tokens
 
 
-def build(*, optim=None, strategy="adaptive", **train):
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def build(*, optim=None, strategy="adaptive", device="cpu", **train):
     config = PretrainConfig(
         model=ModelConfig(**SIZES, sampler=SamplerConfig(dropout=0.0)),
         mask=MaskConfig(ratio=0.5, strategy=strategy),
@@ -17,7 +20,7 @@ def build(*, optim=None, strategy="adaptive", **train):
         train=TrainConfig(**{"precision": "fp32", **train}),
     )
     torch.manual_seed(0)
-    return Stepper(config, torch.device("cpu"))
+    return Stepper(config, torch.device(device))
 
 
 def clips(batch_size=4, seed=0):
@@ -84,9 +87,10 @@ def test_masks_depend_on_seed_and_step_only():
     assert not torch.equal(seen[0], seen[1])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("weights", ["decoder.head.weight", "sampler.head.weight"])
-def test_a_non_finite_value_is_named_with_its_step_and_changes_nothing(weights):
-    stepper = build()
+def test_a_non_finite_value_is_named_with_its_step_and_changes_nothing(weights, device):
+    stepper = build(device=device)
     run_step(stepper, clips(), step=0)
     with torch.no_grad():
         stepper.model.get_parameter(weights)[0, 0] = float("inf")
@@ -97,9 +101,10 @@ def test_a_non_finite_value_is_named_with_its_step_and_changes_nothing(weights):
         assert torch.equal(parameter, before[name]), name
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_trains(precision):
-    stepper = build(precision=precision)
+def test_low_precision_trains(precision, device):
+    stepper = build(precision=precision, device=device)
     losses = [run_step(stepper, clips(), step=step)["loss"] for step in range(30)]
     assert losses[-1] < 0.95 * losses[0]
 
@@ -117,3 +122,18 @@ def test_the_step_never_waits_for_the_device():
     # torch's fused AdamW for the CPU reads its own step counter; the one for CUDA does not.
     callers = [event.cpu_parent.name for event in called if event.name in waiting]
     assert set(callers) <= {"aten::_fused_adamw_"}
+
+
+@pytest.mark.gpu
+def test_a_step_on_the_gpu_never_waits_for_it():
+    stepper = build(device="cuda")
+    run_step(stepper, clips())
+    stepper.begin(1, 1e-3)
+    video = clips().pin_memory()
+    torch.cuda.set_sync_debug_mode("error")  # any host sync raises
+    try:
+        stepper.accumulate(video)
+        stepper.finish(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert stepper.read_figures()["loss"] > 0
