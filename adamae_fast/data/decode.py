@@ -1,0 +1,363 @@
+"""Opens videos and folders of images, and reads single frames of them: the picture asked for, or :class:`VideoError`.
+
+Frame i is the i-th picture that comes out of a complete decode. decord is fast, but counts packets instead: with open
+groups of pictures, edit lists, hidden packets or wrong time stamps it returns other frames than those asked for,
+without a word. So PyAV first lists the file's packets (no decoding, a few per cent of a read). decord reads what it can
+address rightly, PyAV the rest; both return the same bytes.
+
+Letters: T frames, H, W pixels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import stat
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adamae_fast.config import DecoderName
+from adamae_fast.data.manifest import Entry, numbered_images
+from adamae_fast.data.packets import Packet, find_decord_trap, presentation_times, restarts_h264
+
+Frames = NDArray[np.uint8]
+
+NO_RECOVERED_FRAMES = "0.0000001"
+"""decord's ``fault_tol``: the first frame replaced by another one is an error (its 0 would mean "never")."""
+
+
+class VideoError(Exception):
+    """A video that cannot be read. ``path`` names it, ``reason`` says why in plain words."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class VideoFile(Protocol):
+    """An open video. Every method that touches the file raises :class:`VideoError` for a broken one."""
+
+    path: str
+    decoder: str
+    """"decord", "pyav" or "pillow": what read the last frames, or what will read the first ones."""
+    codec: str
+    fps: float | None
+    num_frames: int
+
+    def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Frames:
+        """Upright RGB frames (T, H, W, 3); ids may repeat. Raises IndexError for one outside 0..num_frames-1."""
+
+    def close(self) -> None:
+        """Give the file back. The object cannot be used afterwards."""
+
+
+def open_entry(entry: Entry, decoder: DecoderName = "auto") -> VideoFile:
+    """Open what a manifest's line names, a video or a folder of images."""
+    if entry.kind == "frames":
+        return FrameFolder(entry.path, entry.start, entry.num_frames)
+    return open_video(entry.path, decoder)
+
+
+def open_video(path: str, decoder: DecoderName = "auto") -> VideoFile:
+    """Open one video file.
+
+    ``decoder``: "decord" or "pyav" takes that one alone; "auto" takes decord where it is installed and reads the right
+    frames, and PyAV otherwise. Of several video streams FFmpeg's "best" is taken: the default one if only one is
+    marked so, then the one with more frames, then the higher bit rate. Rotations by 90, 180 and 270 degrees in the
+    metadata are carried out, others and mirroring ignored.
+
+    Raises:
+        VideoError: the file is missing, a folder, empty, no video, or does not decode.
+        ValueError: decoder="decord" where decord is not installed.
+    """
+    require_decoder(decoder)
+    return EncodedVideo(path, decoder)
+
+
+def require_decoder(decoder: DecoderName) -> None:
+    """Raise ValueError if ``decoder`` is not installed."""
+    if decoder == "decord" and not decord_is_installed():
+        raise ValueError("data.decoder='decord': decord is not installed; install it, or choose auto or pyav")
+
+
+def decord_is_installed() -> bool:
+    """Whether decord can be imported; it has wheels for Linux on x86-64 only."""
+    return importlib.util.find_spec("decord") is not None
+
+
+class EncodedVideo:
+    """One video file, read by decord or PyAV. A :class:`VideoFile`."""
+
+    def __init__(self, path: str, decoder: DecoderName) -> None:
+        _require_file(path)
+        self.path = path
+        self._file = os.path.abspath(path)  # FFmpeg takes what stands before a colon for a protocol
+        self._choice = decoder
+        with _errors_of_pyav(path, "no video, cut short or damaged"):
+            self._open()
+            self._index()
+        self.decoder = "pyav" if decoder == "pyav" or not decord_is_installed() or self._decord_trap else "decord"
+
+    def close(self) -> None:
+        """Close the container."""
+        self._container.close()
+
+    def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Frames:
+        """See :class:`VideoFile`. With "auto", what decord cannot read is tried with PyAV."""
+        wanted, inverse = _checked(ids, self.num_frames)
+        if self._choice == "decord" and self._decord_trap:
+            raise VideoError(self.path, f"decord would return wrong frames: {self._decord_trap}; use auto or pyav")
+        problem = ""
+        if self.decoder == "decord":
+            try:
+                return _select(self._read_decord(wanted), wanted, inverse)
+            except VideoError:
+                if self._choice == "decord":
+                    raise
+                problem = "; decord could not read them either"
+                self.decoder = "pyav"
+        try:
+            with _errors_of_pyav(self.path, "damaged, these frames do not decode"):
+                return _select(self._read_pyav(wanted), wanted, inverse)
+        except VideoError as error:
+            raise VideoError(self.path, error.reason + problem) from error
+
+    def _open(self) -> None:
+        import av
+
+        # Metadata in an unknown encoding is no reason to refuse the pictures.
+        self._container = av.open(self._file, metadata_errors="replace")
+        stream = self._container.streams.best("video")
+        if stream is None:
+            sound = self._container.streams.audio
+            raise VideoError(self.path, f"no video stream, {'only sound' if sound else 'probably cut short'}")
+        if stream.disposition & av.stream.Disposition.attached_pic:
+            raise VideoError(self.path, "no video stream, only a cover picture")
+        if self._container.format.name == "tty":
+            raise VideoError(self.path, "a text file")
+        self._stream = cast(Any, stream)
+        self._stream.thread_count = 1  # the data workers are the parallelism
+
+    def _index(self) -> None:
+        """List the packets, decode the first frame, and find out how frames are to be addressed."""
+        codec = self._stream.codec_context
+        packets: list[Packet] = []
+        first = None
+        for packet in self._container.demux(self._stream):
+            if packet.size:
+                restarts = packet.is_keyframe and (
+                    codec.name != "h264" or restarts_h264(bytes(packet), codec.extradata)
+                )
+                packets.append(Packet(packet.pts, packet.is_keyframe, restarts, packet.is_discard))
+            if first is None:
+                first = next(iter(packet.decode()), None)
+        if first is None:
+            raise VideoError(self.path, "no frame of its video stream decodes")
+        self.codec = str(codec.name)
+        self.fps = float(self._stream.average_rate) if self._stream.average_rate else None
+        self._frame_size = (first.width, first.height)
+        # Counter-clockwise quarter turns; the metadata says how the picture is turned to stand upright.
+        self._turns = first.rotation // 90 % 4 if first.rotation % 90 == 0 else 0
+        self._pts, self._key_pts = presentation_times(packets, first.pts)
+        if self._container.format.name == "avi" and codec.has_b_frames:
+            self._pts = None  # AVI stores no presentation times: these are guesses that do not fit the order
+        self.num_frames = len(self._pts) if self._pts else self._count_frames()
+        self._decord_trap = find_decord_trap(packets, self._pts, self._container.format.name, self._turns)
+
+    def _read_decord(self, wanted: list[int]) -> Frames:
+        decord = _import_decord()
+        try:
+            reader = decord.VideoReader(self._file, ctx=decord.cpu(0), num_threads=1, fault_tol=NO_RECOVERED_FRAMES)
+            if len(reader) != self.num_frames:
+                raise VideoError(self.path, f"decord: counts {len(reader)} frames, there are {self.num_frames}")
+            frames = cast(Frames, reader.get_batch(wanted).asnumpy())
+        # What decord raises: its own two errors from C++, RuntimeError and AssertionError from its Python part.
+        except (decord.DECORDError, decord._ffi.base.DECORDLimitReachedError, RuntimeError, AssertionError) as error:
+            raise VideoError(self.path, f"decord: {_plain_decord(error)}") from error
+        if frames.shape[1:3] != self._upright_size():
+            raise VideoError(self.path, f"decord: frames of {frames.shape[1:3]}, expected {self._upright_size()}")
+        return frames
+
+    def _upright_size(self) -> tuple[int, int]:
+        width, height = self._frame_size
+        return (width, height) if self._turns % 2 else (height, width)
+
+    def _read_pyav(self, wanted: list[int]) -> Frames:
+        if self._pts is not None:
+            key = self._key_pts[bisect_right(self._key_pts, self._pts[wanted[0]]) - 1]
+            # Where a container seeks badly, once more from its beginning.
+            for start in dict.fromkeys((key, self._key_pts[0])):
+                frames = self._read_by_time(wanted, self._pts, start)
+                if frames is not None:
+                    return frames
+        return self._read_by_count(wanted)
+
+    def _read_by_time(self, wanted: list[int], pts: list[int], start: int) -> Frames | None:
+        """Decode from the key frame at ``start``; None unless the first wanted one and its successors come in turn."""
+        import av
+
+        try:
+            self._container.seek(start, stream=self._stream)
+        except av.error.FFmpegError:  # this container cannot seek
+            return None
+        found: list[Frames] = []
+        expected = wanted[0]
+        has_key = False
+        for packet in self._container.demux(self._stream):
+            if not has_key and packet.size:
+                has_key = packet.is_keyframe
+                if has_key and (packet.pts is None or packet.pts > pts[expected]):
+                    return None
+            if not has_key:
+                continue
+            for frame in packet.decode():
+                if frame.pts is not None and frame.pts < pts[expected]:
+                    continue
+                if frame.pts != pts[expected]:
+                    return None
+                if expected == wanted[len(found)]:
+                    found.append(self._upright_rgb(frame))
+                    if len(found) == len(wanted):
+                        return np.stack(found)
+                expected += 1
+        return None
+
+    def _read_by_count(self, wanted: list[int]) -> Frames:
+        """Decode the whole file and count; for files whose time stamps do not tell frames apart."""
+        self._reopen()
+        found: list[Frames] = []
+        count = 0
+        for frame in self._container.decode(self._stream):
+            if len(found) < len(wanted) and count == wanted[len(found)]:
+                found.append(self._upright_rgb(frame))
+            count += 1
+        if count != self.num_frames:
+            raise VideoError(self.path, f"{count} of {self.num_frames} frames decode; which ones is unknown")
+        return np.stack(found)
+
+    def _count_frames(self) -> int:
+        self._reopen()
+        return sum(1 for _ in self._container.decode(self._stream))
+
+    def _reopen(self) -> None:
+        self._container.close()
+        self._open()
+
+    def _upright_rgb(self, frame: Any) -> Frames:
+        # Frames that change size in mid-stream are brought to the first one's, as decord does.
+        width, height = self._frame_size
+        rgb = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC", threads=1)
+        return np.rot90(rgb, self._turns)
+
+
+class FrameFolder:
+    """A folder of numbered images, read by Pillow. A :class:`VideoFile`.
+
+    Its frames are the images whose number is ``start`` or more, in ascending order, the first ``num_frames`` of them.
+    """
+
+    decoder: str = "pillow"
+    fps: float | None = None
+
+    def __init__(self, path: str, start: int, num_frames: int | None) -> None:
+        self.path = path
+        try:
+            images = numbered_images(path)
+        except (OSError, ValueError) as error:
+            raise VideoError(path, _plain_os(error)) from error
+        names = [name for number, name in images.items() if number >= start]
+        self._names = names if num_frames is None else names[:num_frames]
+        self.num_frames = len(self._names)
+        if not names or (num_frames is not None and num_frames > len(names)):
+            raise VideoError(path, f"holds {len(names)} images numbered {start} or more, not {num_frames}")
+        self.codec = os.path.splitext(self._names[0])[1][1:].lower()
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+    def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Frames:
+        """See :class:`VideoFile`."""
+        wanted, inverse = _checked(ids, self.num_frames)
+        frames = [self._image(self._names[i]) for i in wanted]
+        sizes = {frame.shape[:2] for frame in frames}
+        if len(sizes) > 1:
+            raise VideoError(self.path, f"images of different sizes (height, width): {sorted(sizes)}")
+        return _select(np.stack(frames), wanted, inverse)
+
+    def _image(self, name: str) -> Frames:
+        from PIL import Image
+
+        try:
+            with Image.open(os.path.join(self.path, name)) as image:
+                return np.asarray(image.convert("RGB"))
+        # SyntaxError is Pillow's word for a broken PNG, EOFError for a cut-off file.
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise VideoError(self.path, f"{name}: {error}") from error
+
+
+def _checked(ids: Sequence[int] | NDArray[np.int64], num_frames: int) -> tuple[list[int], NDArray[np.intp]]:
+    """The different ids in ascending order, and where each id stands among them."""
+    ids_T = np.asarray(ids, dtype=np.int64)
+    if not ids_T.size or ids_T.min() < 0 or ids_T.max() >= num_frames:
+        raise IndexError(f"ids={ids_T.tolist()}: choose at least one, all from 0 to {num_frames - 1}")
+    wanted, inverse = np.unique(ids_T, return_inverse=True)
+    return wanted.tolist(), inverse
+
+
+def _select(frames: Frames, wanted: list[int], inverse: NDArray[np.intp]) -> Frames:
+    return frames if np.array_equal(inverse, np.arange(len(wanted))) else frames[inverse]
+
+
+def _require_file(path: str) -> None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise VideoError(path, _plain_os(error)) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoError(path, "a folder, not a video" if stat.S_ISDIR(status.st_mode) else "not a file")
+    if status.st_size == 0:
+        raise VideoError(path, "the file is empty")
+
+
+@contextmanager
+def _errors_of_pyav(path: str, if_invalid: str) -> Iterator[None]:
+    """Turn what PyAV raises for a broken file into VideoError; ``if_invalid`` is what invalid data means here."""
+    import av
+
+    try:
+        yield
+    except (av.error.InvalidDataError, av.error.EOFError) as error:
+        raise VideoError(path, f"{if_invalid}: {error.strerror}") from error
+    # PyAV raises ValueError for pixel formats and sizes that it cannot convert.
+    except (av.error.FFmpegError, ValueError) as error:
+        raise VideoError(path, f"FFmpeg: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _plain_os(error: Exception) -> str:
+    strerror = getattr(error, "strerror", None)
+    return strerror.lower() if strerror else str(error)
+
+
+def _plain_decord(error: Exception) -> str:
+    """The first line of decord's error without times, source files and stack."""
+    first = str(error).strip().partition("\n")[0]
+    return re.sub(r"(\[[\d:]+\] )?\S+\.cc:\d+: ", "", first)
+
+
+def _import_decord() -> Any:
+    # Read when decord's library is loaded. Frames that do not decode are an error: no rewinding for a substitute.
+    os.environ.setdefault("DECORD_REWIND_RETRY_MAX", "-1")
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)
+    return decord

@@ -1,0 +1,99 @@
+"""What a video file's packets say without decoding them: how many frames there are, when, and where decoding can begin.
+
+Times are in the stream's own unit.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+DECORD_CONTAINERS = frozenset(("mp4", "matroska"))
+"""FFmpeg's names of containers in which decord finds frames exactly; it was seen to miss in AVI, FLV and MPEG-TS."""
+
+_H264_SLICE = re.compile(rb"\x00\x00\x01[\x01\x21\x41\x61\x05\x25\x45\x65]")
+"""Start code and header of a slice, for H.264 that is not stored with lengths."""
+
+
+class Packet(NamedTuple):
+    """What is known of a packet without decoding it."""
+
+    pts: int | None
+    """Time at which its picture is shown."""
+
+    is_key: bool
+    """The container calls it a key frame."""
+
+    restarts: bool
+    """A key frame that needs nothing from before, so that decoding can begin here."""
+
+    is_discard: bool
+    """An edit list hides it."""
+
+
+def presentation_times(packets: list[Packet], first_pts: int | None) -> tuple[list[int] | None, list[int]]:
+    """Times of the frames, and of the key frames at which decoding can begin; both ascending.
+
+    Several packets of one time are one picture (hidden frames of VP8). What comes before the first key frame and before
+    ``first_pts``, the time of the first frame that decodes, does not count, nor does what an edit list discards. The
+    times of the frames are None where a packet has no time.
+    """
+    first_key = next((place for place, packet in enumerate(packets) if packet.is_key), 0)
+    usable = packets[first_key:]
+    pts = [packet.pts for packet in usable if packet.pts is not None]
+    if first_pts is None or len(pts) < len(usable):
+        return None, []
+    begin = max(first_pts, pts[0])
+    times = {t for t, packet in zip(pts, usable, strict=True) if not packet.is_discard and t >= begin}
+    keys = {t for t, packet in zip(pts, usable, strict=True) if packet.restarts}
+    return sorted(times), sorted(keys | {pts[0]})
+
+
+def find_decord_trap(packets: list[Packet], pts: list[int] | None, container: str, turns: int) -> str | None:
+    """Why decord would return other frames than those asked for; None if it would not.
+
+    decord takes the n-th packet of the file, in the order of time stamps, for frame n, and the n-th packet, in the
+    order of decoding, for key frame n. ``pts`` are the frames' times, ``container`` is FFmpeg's name for the file's
+    format, ``turns`` are the quarter turns that its metadata ask for.
+    """
+    if not DECORD_CONTAINERS.intersection(container.split(",")):
+        return f"it seeks inaccurately in {container}"
+    if pts is None:
+        return "time stamps are missing or guessed"
+    if len(packets) != len(pts):
+        return f"{len(packets)} packets hold {len(pts)} frames (edit list, hidden packets or a cut-off start)"
+    for place, packet in enumerate(packets):
+        if packet.is_key and not packet.restarts:
+            return "key frames that only begin to refresh the picture"
+        if packet.is_key and packet.pts != pts[place]:
+            return "open groups of pictures: frames that follow a key frame in the file are shown before it"
+    if turns and "mp4" not in container:
+        return f"it ignores the rotation in {container}"
+    return None
+
+
+def restarts_h264(packet: bytes, extradata: bytes | None) -> bool:
+    """Whether a packet that is marked as a key frame begins with an I slice.
+
+    With periodic intra refresh it does not: the picture is complete only some frames later. ``extradata`` begins with
+    1 where the parts of a packet have their length in front (mp4, Matroska); elsewhere they have start codes.
+    """
+    if extradata and extradata[0] == 1:
+        prefix = (extradata[4] & 3) + 1
+        place = 0
+        while place + prefix < len(packet):
+            if packet[place + prefix] & 31 in (1, 5):
+                return _is_intra_slice(packet[place + prefix :])
+            place += prefix + int.from_bytes(packet[place : place + prefix])
+        return False
+    match = _H264_SLICE.search(packet)
+    return match is not None and _is_intra_slice(packet[match.end() - 1 :])
+
+
+def _is_intra_slice(slice_: bytes) -> bool:
+    """Read the type of the slice: the second of two Exp-Golomb numbers behind a header of one byte."""
+    bits = f"{int.from_bytes(slice_[1:9].ljust(8, bytes(1))):064b}"
+    for _ in range(2):
+        zeros = len(bits) - len(bits.lstrip("0"))
+        number, bits = bits[zeros : 2 * zeros + 1], bits[2 * zeros + 1 :]
+    return bool(number) and (int(number, 2) - 1) % 5 == 2

@@ -1,0 +1,87 @@
+"""Remembers which videos could not be read, and stops a run that has too many of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from adamae_fast.errors import RunStoppedError
+
+
+class BadVideo(NamedTuple):
+    """A video that could not be read."""
+
+    path: str
+    """As in the manifest, with the root in front."""
+
+    reason: str
+    """What the decoders said."""
+
+
+class TooManyBadVideosError(RunStoppedError):
+    """More than the allowed share of the videos is unreadable."""
+
+
+class Quarantine:
+    """The file ``quarantine.jsonl``: one line {path, reason, time} for each video that turned out unreadable.
+
+    A resumed run goes on with the file of the run before. A last line that a killed process left unfinished is removed.
+
+    Args:
+        path: the file; it appears with the first bad video.
+        num_videos: videos of the manifest, of which ``max_share`` may be bad.
+        max_share: largest allowed share (data.max_bad_share).
+
+    Raises:
+        ValueError: a line of the file is not what this class writes.
+    """
+
+    def __init__(self, path: str | Path, num_videos: int, max_share: float) -> None:
+        self._path = Path(path)
+        self._num_videos = num_videos
+        self._max_share = max_share
+        self._paths = self._load()
+
+    @property
+    def count(self) -> int:
+        """Different videos in quarantine."""
+        return len(self._paths)
+
+    def add(self, videos: Iterable[BadVideo]) -> None:
+        """Write down those that are new. Raises TooManyBadVideosError if all together are more than the allowed share.
+
+        Nothing happens for an empty list: a run may begin above its limit, but does not survive another bad video.
+        """
+        seen = list(videos)
+        new = {video.path: video.reason for video in seen if video.path not in self._paths}
+        if new:
+            time = datetime.now(UTC).isoformat(timespec="seconds")
+            lines = [json.dumps({"path": path, "reason": reason, "time": time}) + "\n" for path, reason in new.items()]
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+            self._paths.update(new)
+        if seen and self.count > self._max_share * self._num_videos:
+            raise TooManyBadVideosError(
+                f"{self.count} of {self._num_videos} videos ({self.count / self._num_videos:.1%}) are unreadable, more "
+                f"than data.max_bad_share={self._max_share:g} allows; {self._path} lists them with reasons. Repair "
+                "them or take them out of the manifest (and remove that file), or raise data.max_bad_share"
+            )
+
+    def _load(self) -> set[str]:
+        if not self._path.exists():
+            return set()
+        content = self._path.read_bytes()
+        complete = content[: content.rfind(b"\n") + 1]
+        if len(complete) < len(content):
+            with self._path.open("r+b") as file:
+                file.truncate(len(complete))
+        paths = set()
+        for number, line in enumerate(complete.splitlines(), start=1):
+            try:
+                paths.add(str(json.loads(line)["path"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self._path}, line {number}: not a quarantined video; remove the line") from error
+        return paths

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from adamae_fast.data.check import check_manifest
+from adamae_fast.data.decode import decord_is_installed
+from adamae_fast.data.manifest import ManifestError
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, write_video: Callable[..., Path], write_images: Callable[..., Path]) -> Path:
+    """Two videos, a folder of images, a file that is no video, a missing one; the first video twice."""
+    write_video(tmp_path / "a.mp4", 30)
+    write_video(tmp_path / "b.ts", 5, height=32)
+    write_images(tmp_path / "images", range(1, 5))
+    (tmp_path / "text.mp4").write_text("no video")
+    path = tmp_path / "train.csv"
+    path.write_text("a.mp4 1\nb.ts 0\nimages 1 4\ntext.mp4 0\nmissing 3\na.mp4 1\n")
+    return path
+
+
+def test_json(manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_manifest(str(manifest), json=True) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert {key: printed[key] for key in ("manifest", "videos", "readable", "unreadable")} == {
+        "manifest": str(manifest),
+        "videos": 5,
+        "readable": 3,
+        "unreadable": 2,
+    }
+    a, b, images, text, missing = printed["rows"]
+    assert a == {
+        "path": str(manifest.parent / "a.mp4"),
+        "codec": "h264",
+        "width": 64,
+        "height": 48,
+        "frames": 30,
+        "fps": 25.0,
+        "duration": 1.2,
+        "decoder": "decord" if decord_is_installed() else "pyav",
+        "problem": None,
+    }
+    assert (b["height"], b["frames"], b["decoder"]) == (32, 5, "pyav")
+    assert (images["codec"], images["frames"], images["fps"], images["decoder"]) == ("png", 4, None, "pillow")
+    assert text["problem"].startswith("no video, cut short or damaged")
+    assert (missing["path"], missing["problem"]) == (str(manifest.parent / "missing.mp4"), "no such file or directory")
+    assert {missing[key] for key in ("codec", "width", "frames", "decoder")} == {None}
+
+
+def test_table(manifest: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert check_manifest(str(manifest)) == 1
+    lines = capsys.readouterr().out.strip().splitlines()
+    cells = {row[0]: row[1:] for line in lines if (row := [cell.strip() for cell in line.split("│")[1:-1]])}
+    decoder = "decord" if decord_is_installed() else "pyav"
+    assert cells["a.mp4"] == ["h264", "64×48", "30", "25.00", "1.20 s", decoder]
+    assert cells["images"] == ["png", "64×48", "4", "", "", "pillow"]
+    assert cells["missing.mp4"] == ["", "", "", "", "", "unreadable"]
+    assert len(cells) == 5
+    assert lines[-2:] == ["unreadable: missing.mp4: no such file or directory", "5 videos, 2 unreadable"]
+    assert lines[-3].startswith("unreadable: text.mp4: no video, cut short or damaged")
+
+
+def test_everything_readable(tmp_path: Path, write_video: Callable[..., Path]) -> None:
+    write_video(tmp_path / "a.mp4", 3)
+    assert check_manifest(str(tmp_path)) == 0
+    (tmp_path / "list.txt").write_text("a.mp4")
+    assert check_manifest(str(tmp_path / "list.txt"), root=str(tmp_path), decoder="pyav") == 0
+
+
+def test_damage_in_the_middle_is_found(shared_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "list.txt").write_text("corrupted.mp4\nrotated_90.mov\n")
+    assert check_manifest(str(tmp_path / "list.txt"), root=str(shared_clips / "bad"), json=True) == 1
+    corrupted, rotated = json.loads(capsys.readouterr().out)["rows"]
+    assert "damaged" in corrupted["problem"]
+    assert (corrupted["codec"], corrupted["frames"], corrupted["height"]) == ("h264", 50, 720)
+    assert (rotated["width"], rotated["height"], rotated["problem"]) == (320, 568, None)
+
+
+def test_errors_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ManifestError, match="no videos in this folder"):
+        check_manifest(str(tmp_path))
+    monkeypatch.setattr("adamae_fast.data.decode.decord_is_installed", lambda: False)
+    with pytest.raises(ValueError, match="decord is not installed"):
+        check_manifest(str(tmp_path), decoder="decord")

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from adamae_fast.config import DataConfig
+from adamae_fast.data import dataset as dataset_module
+from adamae_fast.data.clips import View, apply_view, center_box
+from adamae_fast.data.dataset import NoReadableVideoError, PretrainClips
+from adamae_fast.data.decode import VideoError, open_video
+from adamae_fast.data.manifest import Entry
+from adamae_fast.errors import RunStoppedError
+
+NUM_VIDEOS = 5
+NUM_FRAMES, FRAME_SIZE = 4, 16
+
+
+@pytest.fixture(scope="module")
+def entries(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[..., Path]) -> list[Entry]:
+    """Videos of 12, 16, 20, 24 and 28 frames, labelled 0 to 4."""
+    folder = tmp_path_factory.mktemp("videos")
+    return [Entry(str(write_video(folder / f"{i}.mp4", 12 + 4 * i)), i) for i in range(NUM_VIDEOS)]
+
+
+def _clips(entries: Sequence[Entry], seed: int = 0, num_frames: int = NUM_FRAMES, **config: object) -> PretrainClips:
+    return PretrainClips(entries, DataConfig(**config), num_frames, FRAME_SIZE, seed)  # type: ignore[arg-type]
+
+
+def test_a_sample(entries: list[Entry]) -> None:
+    sample = _clips(entries, repeat=3)[0]
+    assert (sample.video.shape, sample.video.dtype) == ((3, 3, NUM_FRAMES, FRAME_SIZE, FRAME_SIZE), torch.uint8)
+    assert len(set(sample.labels)) == 1
+    assert len(sample.labels) == 3
+    assert sample.bad == ()
+
+
+def test_every_epoch_shows_every_video_once_in_another_order(entries: list[Entry]) -> None:
+    clips = _clips(entries)
+    epochs = [[clips[epoch * NUM_VIDEOS + i].labels[0] for i in range(NUM_VIDEOS)] for epoch in range(4)]
+    assert all(sorted(labels) == list(range(NUM_VIDEOS)) for labels in epochs)  # type: ignore[type-var]
+    assert len({tuple(labels) for labels in epochs}) > 1
+    assert [_clips(entries, seed=1)[i].labels for i in range(NUM_VIDEOS)] != [
+        clips[i].labels for i in range(NUM_VIDEOS)
+    ]
+
+
+def test_a_position_shows_the_same_whatever_was_shown_before(entries: list[Entry]) -> None:
+    config = {"repeat": 2, "flip": True, "crop": "random_resized"}
+    forwards, backwards = _clips(entries, **config), _clips(entries, **config)
+    first = [forwards[p] for p in range(12)]
+    second = [backwards[p] for p in reversed(range(12))][::-1]
+    assert all(torch.equal(a.video, b.video) and a.labels == b.labels for a, b in zip(first, second, strict=True))
+
+
+def test_epochs_and_seeds_differ_in_start_and_crop(entries: list[Entry]) -> None:
+    one_video = entries[-1:]
+    for other in (_clips(one_video)[1], _clips(one_video, seed=1)[0]):
+        assert not torch.equal(other.video, _clips(one_video)[0].video)
+
+
+def test_repeats_share_their_frames_and_differ_in_crop(
+    entries: list[Entry], monkeypatch: pytest.MonkeyPatch, numbers: Callable[[np.ndarray], list[int]]
+) -> None:
+    opened = []
+    monkeypatch.setattr(
+        dataset_module, "open_entry", lambda entry, decoder: opened.append(entry) or open_video(entry.path, decoder)
+    )
+    # Centre crops of one range are equal, down to the byte.
+    video = _clips(entries, repeat=4, stride=2, crop="center")[2].video
+    assert len(opened) == 1
+    assert all(torch.equal(crop, video[0]) for crop in video)
+    crops = _clips(entries, repeat=4, stride=2, crop="random_resized")[2].video
+    assert len({crop.numpy().tobytes() for crop in crops}) == 4
+    # The first crop is what a run without repeats sees.
+    assert torch.equal(crops[:1], _clips(entries, stride=2, crop="random_resized")[2].video)
+
+
+def test_frames_are_a_stride_apart_and_starts_vary(
+    entries: list[Entry], numbers: Callable[[np.ndarray], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def keep(frames: np.ndarray, view: View, frame_size: int) -> torch.Tensor:
+        seen.append(numbers(frames))
+        return apply_view(frames, view, frame_size)
+
+    monkeypatch.setattr(dataset_module, "apply_view", keep)
+    clips = _clips(entries[:1], stride=2)  # 12 frames, a clip takes 8 of them
+    for position in range(40):
+        clips[position]
+    assert {start for start, *_ in seen} == {0, 1, 2, 3, 4}
+    assert all(ids == [ids[0] + 2 * i for i in range(NUM_FRAMES)] for ids in seen)
+    seen.clear()
+    _clips(entries[:1], stride=4)[0]  # 16 frames asked of 12
+    assert seen == [[0, 4, 8, 11]]
+
+
+def test_crop_and_flip_reach_the_pixels(entries: list[Entry]) -> None:
+    frames = open_video(entries[0].path).read([0, 4, 8, 11])
+    plain = apply_view(frames, View(center_box(*frames.shape[1:3])), FRAME_SIZE)
+    flipped = Counter()
+    for position in range(20):
+        clip = _clips(entries[:1], stride=4, crop="center", flip=True)[position].video[0]
+        flipped[torch.equal(clip, plain.flip(-1))] += 1
+        assert torch.equal(clip, plain) or torch.equal(clip, plain.flip(-1))
+    assert min(flipped.values()) >= 4
+    assert torch.equal(_clips(entries[:1], stride=4, crop="center")[3].video[0], plain)
+
+
+def test_a_bad_video_is_replaced_and_reported(entries: list[Entry], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.mp4"
+    broken.write_text("no video")
+    missing = str(tmp_path / "missing.mp4")
+    mixed = [Entry(str(broken), 90), *entries, Entry(missing, 91)]
+    clips = _clips(mixed)
+    reported: Counter[str] = Counter()
+    for position in range(3 * len(mixed)):
+        sample = clips[position]
+        assert sample.video.float().mean() > 20  # frames of 30 and 220
+        assert sample.labels[0] in range(NUM_VIDEOS)
+        reported.update(Path(bad.path).name for bad in sample.bad)
+        assert torch.equal(_clips(mixed)[position].video, sample.video)
+    assert set(reported) == {"broken.mp4", "missing.mp4"}
+    assert min(reported.values()) >= 3  # at least once an epoch; more where one replaces the other
+    reasons = {Path(b.path).name: b.reason for p in range(len(mixed)) for b in clips[p].bad}
+    assert reasons["missing.mp4"] == "no such file or directory"
+    assert reasons["broken.mp4"].startswith("no video, cut short or damaged")
+
+
+def test_replacements_differ_from_place_to_place(entries: list[Entry], tmp_path: Path) -> None:
+    mixed = [Entry(str(tmp_path / f"{i}.mp4"), None) for i in range(6)] + entries
+    labels = {clips.labels[0] for p in range(len(mixed)) for clips in [_clips(mixed)[p]] if clips.bad}
+    assert len(labels) > 1
+
+
+@pytest.mark.parametrize(("num_bad", "tried"), [(1, 1), (3, 3), (30, 10)])
+def test_only_bad_videos_end_the_run(tmp_path: Path, num_bad: int, tried: int) -> None:
+    bad = [Entry(str(tmp_path / f"{i}.mp4"), None) for i in range(num_bad)]
+    with pytest.raises(NoReadableVideoError, match=f"all {tried} videos tried") as caught:
+        _clips(bad)[0]
+    reasons = str(caught.value).splitlines()[1:]
+    assert len(set(reasons)) == len(reasons) == tried
+    assert all("no such file" in reason for reason in reasons)
+    assert isinstance(caught.value, RunStoppedError)
+
+
+def test_one_readable_video_is_found_among_nine_bad_ones(entries: list[Entry], tmp_path: Path) -> None:
+    mixed = [Entry(str(tmp_path / f"{i}.mp4"), None) for i in range(9)] + entries[:1]
+    for position in range(10):
+        assert _clips(mixed)[position].labels == (0,)
+
+
+def test_only_video_errors_are_caught(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(entry: Entry, decoder: str) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(dataset_module, "open_entry", fail)
+    with pytest.raises(ZeroDivisionError, match="a fault of ours"):
+        _clips(entries)[0]
+
+
+def test_files_are_closed(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    class Unreadable:
+        num_frames = 9
+
+        def read(self, ids: object) -> None:
+            raise VideoError("x.mp4", "damaged")
+
+        def close(self) -> None:
+            closed.append(True)
+
+    monkeypatch.setattr(dataset_module, "open_entry", lambda entry, decoder: Unreadable())
+    with pytest.raises(NoReadableVideoError, match="damaged"):
+        _clips(entries)[0]
+    assert len(closed) == NUM_VIDEOS
+
+
+def test_folders_of_images(tmp_path: Path, write_images: Callable[..., Path]) -> None:
+    folder = str(write_images(tmp_path / "x", range(1, 9)))
+    sample = _clips([Entry(folder, 3, start=1, num_frames=8, kind="frames")], stride=1)[0]
+    assert sample.video.shape == (1, 3, NUM_FRAMES, FRAME_SIZE, FRAME_SIZE)
+    assert sample.labels == (3,)
+
+
+def test_no_entries_and_no_decord(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="at least one video"):
+        _clips([])
+    monkeypatch.setattr("adamae_fast.data.decode.decord_is_installed", lambda: False)
+    with pytest.raises(ValueError, match="decord is not installed"):
+        _clips(entries, decoder="decord")

@@ -1,0 +1,397 @@
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import wave
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, get_args
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from adamae_fast.config import DecoderName
+from adamae_fast.data import decode
+from adamae_fast.data.decode import EncodedVideo, VideoError, decord_is_installed, open_entry, open_video
+from adamae_fast.data.manifest import Entry
+
+WriteVideo = Callable[..., Path]
+Numbers = Callable[[Any], list[int]]
+
+needs_decord = pytest.mark.skipif(not decord_is_installed(), reason="decord is not installed")
+DECODERS = get_args(DecoderName) if decord_is_installed() else ("auto", "pyav")
+
+GOOD = {  # frames, height, width, and what "auto" reads it with
+    "arm_wrestling.mp4": (280, 256, 340, "decord"),
+    "bigbuckbunny.mp4": (132, 720, 1280, "decord"),
+    "bikes.mp4": (250, 272, 640, "decord"),
+    "dog.mp4": (150, 256, 256, "decord"),
+    "flipping_a_pancake.mkv": (310, 240, 426, "decord"),
+    "goat.mp4": (150, 256, 256, "decord"),
+    "mm_test.avi": (164, 240, 320, "pyav"),  # AVI, whose time stamps are guesses
+    "nasa_13013.mp4": (390, 270, 480, "decord"),  # the second video stream: larger, with more frames
+    "testsrc2_vp8.webm": (30, 720, 1280, "decord"),
+    "testsrc2_vp9.webm": (30, 720, 1280, "decord"),
+}
+BAD = {
+    "discard_first_keyframe.mp4": (25, 64, 64, "pyav"),  # an edit list hides 5 of 30: decord returns wrong frames
+    "nasa_13013_rotated.mp4": (17, 480, 270, "decord"),  # stored lying
+    "non_zero_start.mp4": (12, 112, 200, "decord"),  # the first frame is at 8.3 s
+    "odd_size_444_10bit.mp4": (25, 241, 321, "decord"),
+    "rotated_90.mov": (3, 568, 320, "decord"),  # stored lying
+    "unordered.mov": (4, 50, 50, "decord"),
+    "corrupted.mp4": VideoError,  # 28 of 50 frames decode
+}
+
+
+def _in_order(path: Path) -> list[np.ndarray[Any, Any]]:
+    """All frames of a complete decode, without seeking, turned upright."""
+    with av.open(str(path)) as container:
+        stream: Any = container.streams.best("video")
+        return [np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90) for f in container.decode(stream)]
+
+
+def _clip(clips: Path, name: str) -> Path:
+    path = clips / ("good" if name in GOOD else "bad") / name
+    assert path.is_file()
+    return path
+
+
+def test_the_tables_name_every_shared_clip(shared_clips: Path) -> None:
+    assert {p.name for p in (shared_clips / "good").iterdir()} == set(GOOD)
+    assert {p.name for p in (shared_clips / "bad").iterdir()} == set(BAD)
+
+
+@pytest.mark.parametrize("name", [n for n, facts in {**GOOD, **BAD}.items() if facts is not VideoError])
+def test_shared_clips(shared_clips: Path, name: str) -> None:
+    path = _clip(shared_clips, name)
+    num_frames, height, width, by_auto = {**GOOD, **BAD}[name]  # type: ignore[misc]
+    truth = _in_order(path)
+    middle = num_frames // 2
+    ids = [0, middle, min(middle + 5, num_frames - 1), middle, num_frames - 1]
+    for decoder in DECODERS:
+        with closing(open_video(str(path), decoder)) as video:
+            assert video.num_frames == num_frames == len(truth)
+            if decoder == "decord" and by_auto == "pyav":
+                with pytest.raises(VideoError, match="decord would return wrong frames"):
+                    video.read(ids)
+                continue
+            frames = video.read(ids)
+            # without decord, PyAV reads all
+            assert video.decoder in ({by_auto, "pyav"} if decoder == "auto" else {decoder})
+        assert frames.shape == (5, height, width, 3)
+        assert frames.dtype == np.uint8
+        for place, frame in zip(ids, frames, strict=True):
+            assert np.abs(frame.astype(int) - truth[place]).mean() <= 3
+            neighbours = range(max(0, place - 2), min(num_frames, place + 3))
+            distances = {n: np.abs(frame.astype(int) - truth[n]).mean() for n in neighbours}
+            assert distances[place] == min(distances.values())
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_shared_clip_that_is_corrupted(shared_clips: Path, decoder: DecoderName) -> None:
+    path = str(_clip(shared_clips, "corrupted.mp4"))
+    for ids in ([0, 27, 28], [49], [40, 3]):
+        with closing(open_video(path, decoder)) as video:
+            assert video.num_frames == 50
+            with pytest.raises(VideoError, match=r"damaged, these frames do not decode|decord: .*Error sending packet"):
+                video.read(ids)
+    truth = []
+    with av.open(path) as container, pytest.raises(av.error.InvalidDataError):
+        truth.extend(frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.video[0]))
+    with closing(open_video(path, decoder)) as video:
+        assert np.array_equal(video.read([0, 10, 27]), [truth[i] for i in (0, 10, 27)])
+
+
+@needs_decord
+def test_decoders_return_the_same_bytes(shared_clips: Path) -> None:
+    for name in ("nasa_13013.mp4", "dog.mp4", "testsrc2_vp9.webm", "odd_size_444_10bit.mp4", "rotated_90.mov"):
+        path = str(_clip(shared_clips, name))
+        with closing(open_video(path, "decord")) as one, closing(open_video(path, "pyav")) as other:
+            ids = [0, other.num_frames // 3, other.num_frames - 1]
+            assert np.array_equal(one.read(ids), other.read(ids))
+
+
+TRAPS = {  # kinds of files with which decord returned other frames than those asked for
+    "open.mp4": {"options": {"g": "8", "x264-params": "open-gop=1:bframes=3:b-adapt=0:scenecut=0"}},
+    "refresh.mkv": {"options": {"g": "8", "bf": "0", "x264-params": "intra-refresh=1:ref=1:scenecut=0"}},
+    "refresh.ts": {"options": {"g": "8", "bf": "0", "x264-params": "intra-refresh=1:ref=1:scenecut=0"}},
+    "guessed.avi": {"codec": "mpeg4", "options": {"g": "8", "bf": "2", "b": "2M"}},
+    "untimed.avi": {"options": {"g": "8"}},
+    "stream.ts": {"options": {"g": "8"}},
+    "program.mpg": {"codec": "mpeg1video", "options": {"g": "8", "bf": "2", "b": "2M"}},
+    "raw.h264": {"options": {"g": "8"}},
+}
+PLAIN = {
+    "closed.mp4": {"options": {"g": "8"}},
+    "closed.mkv": {"options": {"g": "8", "bf": "0"}},
+    "one_group.mp4": {"options": {"g": "250"}},
+    "vp8.webm": {"codec": "libvpx", "options": {"g": "8", "deadline": "realtime", "cpu-used": "8"}},
+    "still.mov": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    "odd.mkv": {"codec": "ffv1", "pix_fmt": "bgr0", "height": 49, "width": 67},
+}
+
+
+@pytest.mark.parametrize("name", [*TRAPS, *PLAIN])
+def test_ids_name_the_same_pictures_in_every_container(
+    tmp_path: Path, write_video: WriteVideo, numbers: Numbers, name: str
+) -> None:
+    path = str(write_video(tmp_path / name, 40, **{**TRAPS, **PLAIN}[name]))
+    rng = np.random.default_rng(0)
+    for decoder in DECODERS:
+        with closing(open_video(path, decoder)) as video:
+            assert video.num_frames == 40
+            if decoder == "decord" and name in TRAPS:
+                with pytest.raises(VideoError, match="decord would return wrong frames"):
+                    video.read([0])
+                continue
+            for _ in range(6):
+                ids = rng.integers(40, size=5)
+                assert numbers(video.read(ids)) == ids.tolist()
+            assert numbers(video.read([39])) == [39]
+            assert decoder != "auto" or video.decoder == (
+                "pyav" if name in TRAPS or not decord_is_installed() else "decord"
+            )
+
+
+def test_av1_falls_back_to_pyav(tmp_path: Path, write_video: WriteVideo, numbers: Numbers) -> None:
+    path = str(write_video(tmp_path / "a.mp4", 12, codec="libsvtav1", options={"preset": "12", "crf": "20"}))
+    with closing(open_video(path)) as video:
+        assert numbers(video.read([3, 11])) == [3, 11]
+        assert (video.decoder, video.num_frames) == ("pyav", 12)
+    if decord_is_installed():
+        with closing(open_video(path, "decord")) as video, pytest.raises(VideoError, match=r"a\.mp4: decord: "):
+            video.read([3])
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv"])
+@pytest.mark.parametrize("rotation", [90, 180, -90, 45])
+def test_rotation(tmp_path: Path, write_video: WriteVideo, name: str, rotation: int) -> None:
+    lying = open_video(str(write_video(tmp_path / f"plain_{name}", 20, height=80)), "pyav").read([19])[0]
+    path = str(write_video(tmp_path / name, 20, height=80, rotation=rotation))
+    for decoder in DECODERS:
+        with closing(open_video(path, decoder)) as video:
+            if decoder == "decord" and name == "a.mkv" and rotation != 45:
+                with pytest.raises(VideoError, match="it ignores the rotation in matroska"):
+                    video.read([19])
+                continue
+            upright = video.read([19])[0]
+        # Quarter turns against the clock; others are ignored.
+        assert np.array_equal(upright, np.rot90(lying, {90: 1, 180: 2, -90: 3, 45: 0}[rotation]))
+
+
+def test_one_frame(tmp_path: Path, write_video: WriteVideo, numbers: Numbers) -> None:
+    path = str(write_video(tmp_path / "one.mp4", 1))
+    for decoder in DECODERS:
+        with closing(open_video(path, decoder)) as video:
+            assert video.num_frames == 1
+            assert numbers(video.read([0, 0, 0])) == [0, 0, 0]
+
+
+def test_ids_outside_the_video(tmp_path: Path, write_video: WriteVideo) -> None:
+    with closing(open_video(str(write_video(tmp_path / "a.mp4", 5)))) as video:
+        for ids in ([5], [-1], [], [0, 99]):
+            with pytest.raises(IndexError, match="from 0 to 4"):
+                video.read(ids)
+
+
+def _write_sound(path: Path) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(bytes(16000))
+
+
+def _write_sound_with_cover(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        sound: Any = container.add_stream("libmp3lame", rate=44100)
+        cover: Any = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame(32, 32, "yuvj420p")))
+        container.mux(cover.encode())
+        frame = av.AudioFrame(format="s16p", layout="stereo", samples=1152)
+        frame.rate = 44100
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing.mp4": (lambda path: None, "no such file or directory"),
+    "folder.mp4": (lambda path: path.mkdir(), "a folder, not a video"),
+    "empty.mp4": (lambda path: path.touch(), "the file is empty"),
+    "text.mp4": (lambda path: path.write_text("no video\n" * 50), "no video, cut short or damaged"),
+    "text.txt": (lambda path: path.write_text("no video\n" * 50), "a text file"),
+    "noise.webm": (
+        lambda path: path.write_bytes(np.random.default_rng(0).bytes(4000)),
+        "no video, cut short or damaged",
+    ),
+    "sound.wav": (_write_sound, "no video stream, only sound"),
+    "cover.mp3": (_write_sound_with_cover, "only a cover picture"),
+}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files(tmp_path: Path, name: str, decoder: DecoderName, capfd: pytest.CaptureFixture[str]) -> None:
+    make, reason = BROKEN[name]
+    make(tmp_path / name)
+    with pytest.raises(VideoError, match=reason) as caught:
+        open_video(str(tmp_path / name), decoder)
+    assert caught.value.path == str(tmp_path / name)
+    assert "\n" not in caught.value.reason
+    assert capfd.readouterr() == ("", "")
+
+
+def test_not_a_file() -> None:
+    with pytest.raises(VideoError, match="not a file"):
+        open_video("/dev/zero")
+
+
+def test_cut_short(tmp_path: Path, write_video: WriteVideo, numbers: Numbers) -> None:
+    for name in ("a.mp4", "a.mkv"):
+        path = write_video(tmp_path / name, 60, options={"g": "8", "qp": "1"})
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(VideoError, match="cut short"):  # this mp4 has its index at the end
+        open_video(str(tmp_path / "a.mp4"))
+    with closing(open_video(str(tmp_path / "a.mkv"))) as video:  # Matroska has none: what is there is read
+        assert 20 < video.num_frames < 60
+        assert numbers(video.read([0, 20])) == [0, 20]
+
+
+def _destroy(path: Path, first: int, last: int) -> None:
+    """Overwrite the second half of the packets ``first`` to ``last``."""
+    with av.open(str(path)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(container.streams.video[0]) if p.size]
+    content = bytearray(path.read_bytes())
+    for position, size in packets[first : last + 1]:
+        assert position is not None
+        content[position + size // 2 : position + size] = bytes(size - size // 2)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "open.mp4"])
+def test_frames_that_do_not_decode_are_an_error(
+    tmp_path: Path, write_video: WriteVideo, numbers: Numbers, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_video(tmp_path / name, 40, **TRAPS.get(name, {"options": {"g": "8", "qp": "10"}}))
+    _destroy(path, 16, 20)
+    for decoder in set(DECODERS) - {"decord"}:
+        with closing(open_video(str(path), decoder)) as video:
+            assert numbers(video.read([2, 9])) == [2, 9]  # other groups of pictures are not concerned
+            with pytest.raises(VideoError, match=r"damaged, these frames do not decode"):
+                video.read([2, 19, 30])
+            assert numbers(video.read([35, 39])) == [35, 39]
+    if "decord" in DECODERS:  # reads ahead: it may refuse, but never returns another picture
+        with closing(open_video(str(path), "decord")) as video, pytest.raises(VideoError, match="decord"):
+            video.read([2, 19, 30])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_lost_frames_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_video: WriteVideo) -> None:
+    path = str(write_video(tmp_path / "a.mp4", 24, options={"g": "4", "bf": "0"}))
+    with closing(EncodedVideo(path, "pyav")) as video:
+        assert video._pts is not None
+        video._pts.insert(10, video._pts[10] - 1)  # a packet without a picture
+        video.num_frames += 1
+        with pytest.raises(VideoError, match="24 of 25 frames decode"):
+            video.read([9, 12])
+        assert video.read([3]).shape == (1, 48, 64, 3)
+
+
+def test_reading_again_and_backwards(tmp_path: Path, write_video: WriteVideo, numbers: Numbers) -> None:
+    path = str(write_video(tmp_path / "a.mp4", 40))
+    for decoder in DECODERS:
+        with closing(open_video(path, decoder)) as video:
+            for ids in ([30], [31, 3, 30], [39], [0], [39, 0]):
+                assert numbers(video.read(ids)) == ids
+
+
+def test_without_decord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_video: WriteVideo) -> None:
+    monkeypatch.setattr(decode, "decord_is_installed", lambda: False)
+    path = str(write_video(tmp_path / "a.mp4", 5))
+    with closing(open_video(path)) as video:
+        video.read([0])
+        assert video.decoder == "pyav"
+    with pytest.raises(ValueError, match=r"data\.decoder='decord': decord is not installed"):
+        open_video(path, "decord")
+
+
+@needs_decord
+def test_decord_may_be_imported_first(tmp_path: Path, write_video: WriteVideo) -> None:
+    path = str(write_video(tmp_path / "a.mp4", 5))
+    code = f"""
+import decord
+from adamae_fast.data.decode import open_video
+assert all(open_video({path!r}, d).read([4]).shape == (1, 48, 64, 3) for d in ("decord", "pyav"))
+"""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=60)
+
+
+def test_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_video: WriteVideo) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "take:1 (größe).mp4", 5)
+    for decoder in DECODERS:
+        with closing(open_video("take:1 (größe).mp4", decoder)) as video:
+            assert video.read([4]).shape == (1, 48, 64, 3)
+
+
+def test_error_survives_a_process_border() -> None:
+    error = pickle.loads(pickle.dumps(VideoError("a.mp4", "is broken")))
+    assert (error.path, error.reason, str(error)) == ("a.mp4", "is broken", "a.mp4: is broken")
+
+
+def test_folder_of_images(tmp_path: Path, write_images: Callable[..., Path], numbers: Numbers) -> None:
+    folder = str(write_images(tmp_path / "x", range(3, 15)))
+    by_start = open_entry(Entry(folder, None, start=5, num_frames=6, kind="frames"))
+    assert (by_start.num_frames, by_start.decoder, by_start.codec) == (6, "pillow", "png")
+    assert numbers(by_start.read([0, 5, 0, 2])) == [5, 10, 5, 7]
+    by_total = open_entry(Entry(folder, 4, start=0, num_frames=12, kind="frames"))
+    assert numbers(by_total.read(range(12))) == list(range(3, 15))
+
+
+def test_broken_folders_of_images(tmp_path: Path, write_images: Callable[..., Path]) -> None:
+    def read(name: str, ids: list[int], num_frames: int | None = 4) -> None:
+        open_entry(Entry(str(tmp_path / name), None, start=0, num_frames=num_frames, kind="frames")).read(ids)
+
+    with pytest.raises(VideoError, match="no such file or directory"):
+        read("missing", [0])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(VideoError, match="holds 0 images numbered 0 or more"):
+        read("none", [0], None)
+    write_images(tmp_path / "few", range(3))
+    with pytest.raises(VideoError, match="holds 3 images numbered 0 or more, not 4"):
+        read("few", [0])
+    folder = write_images(tmp_path / "broken", range(4))
+    (folder / "img_00002.png").write_bytes((folder / "img_00001.png").read_bytes()[:60])
+    read("broken", [0, 1, 3])
+    with pytest.raises(VideoError, match=r"img_00002\.png"):
+        read("broken", [2])
+    write_images(tmp_path / "sizes", range(3))
+    Image.new("RGB", (10, 20)).save(tmp_path / "sizes" / "img_00003.png")
+    with pytest.raises(VideoError, match="images of different sizes"):
+        read("sizes", [0, 3])
+    Image.new("RGB", (10, 20)).save(tmp_path / "sizes" / "flow_00003.png")
+    with pytest.raises(VideoError, match="have the same number"):
+        read("sizes", [0])
+
+
+@needs_decord
+def test_decord_counts_other_frames_than_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_video: WriteVideo, numbers: Numbers
+) -> None:
+    """Whatever decord does to a file, a count or a size that does not fit never reaches a clip."""
+    path = str(write_video(tmp_path / "a.mp4", 12))
+    other = str(write_video(tmp_path / "b.mp4", 9))
+    monkeypatch.setattr("os.path.abspath", lambda p: p)
+    with closing(EncodedVideo(path, "auto")) as video:
+        video._file = other
+        assert numbers(video.read([11])) == [11]
+        assert video.decoder == "pyav"

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+
+from adamae_fast.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from adamae_fast.data.dataset import NoReadableVideoError, PretrainClips
+from adamae_fast.data.loader import Batch, clip_batches
+from adamae_fast.data.manifest import Entry
+from adamae_fast.errors import RunStoppedError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def entries(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[..., Path]) -> list[Entry]:
+    """Seven videos, the third of them broken."""
+    folder = tmp_path_factory.mktemp("videos")
+    paths = [write_video(folder / f"{i}.mp4", 16 + i) for i in range(7)]
+    paths[2].write_text("no video")
+    return [Entry(str(path), i) for i, path in enumerate(paths)]
+
+
+def _config(batch_size: int = 4, num_workers: int = 0, repeat: int = 2, **data: object) -> PretrainConfig:
+    return PretrainConfig(
+        model=ModelConfig(num_frames=4, frame_size=16, patch_size=8),
+        data=DataConfig(stride=2, repeat=repeat, num_workers=num_workers, flip=True, **data),  # type: ignore[arg-type]
+        train=TrainConfig(batch_size=batch_size),
+        seed=5,
+    )
+
+
+@contextmanager
+def _running(entries: list[Entry], num_workers: int) -> Iterator[tuple[Iterator[Batch], list[BaseProcess]]]:
+    """A stream that has given its first batch, and its workers."""
+    others = set(multiprocessing.active_children())
+    with closing(clip_batches(_config(num_workers=num_workers), entries, 0, 10**6)) as batches:
+        next(batches)
+        workers = [child for child in multiprocessing.active_children() if child not in others]
+        assert len(workers) == num_workers
+        yield batches, list(workers)
+    for worker in workers:
+        worker.join(10)
+
+
+def _assert_same(one: list[Batch], other: list[Batch]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.video, b.video)
+        assert a.bad == b.bad
+
+
+def test_batches_are_positions_in_a_row(entries: list[Entry]) -> None:
+    config = _config(batch_size=6)  # 3 videos a batch, 7 in an epoch: batches reach over its end
+    clips = PretrainClips(entries, config.data, 4, 16, config.seed)
+    batches = list(clip_batches(config, entries, 0, 5))
+    assert len(batches) == 5
+    for i, batch in enumerate(batches):
+        samples = [clips[p] for p in range(3 * i, 3 * i + 3)]
+        assert (batch.video.shape, batch.video.dtype) == ((6, 3, 4, 16, 16), torch.uint8)
+        assert torch.equal(batch.video, torch.cat([sample.video for sample in samples]))
+        assert batch.bad == [bad for sample in samples for bad in sample.bad]
+    assert sum(len(batch.bad) for batch in batches) >= 2  # 15 positions are two epochs and one
+
+
+def test_workers_do_not_change_a_byte(entries: list[Entry]) -> None:
+    alone = list(clip_batches(_config(), entries, 0, 6))
+    assert any(batch.bad for batch in alone)
+    for num_workers in (1, 2):
+        _assert_same(alone, list(clip_batches(_config(num_workers=num_workers), entries, 0, 6)))
+
+
+def test_a_resumed_stream_goes_on_where_it_was(entries: list[Entry]) -> None:
+    whole = list(clip_batches(_config(), entries, 0, 6))
+    _assert_same(whole[4:], list(clip_batches(_config(num_workers=2), entries, 4, 6)))
+    assert list(clip_batches(_config(num_workers=1), entries, 6, 6)) == []
+
+
+def test_global_generators_are_left_alone(entries: list[Entry]) -> None:
+    before = torch.random.get_rng_state()
+    list(clip_batches(_config(num_workers=1), entries, 0, 2))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_closing_ends_the_workers(entries: list[Entry]) -> None:
+    with _running(entries, num_workers=2) as (_, workers):
+        assert all(worker.is_alive() for worker in workers)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_handlers_of_signals_stay_as_they_were(entries: list[Entry]) -> None:
+    names = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(name) for name in names], signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with _running(entries, num_workers=1):
+        assert ([signal.getsignal(name) for name in names], signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_only_bad_videos(tmp_path: Path, num_workers: int) -> None:
+    bad = [Entry(str(tmp_path / f"{i}.mp4"), None) for i in range(3)]
+    with pytest.raises(NoReadableVideoError) as caught:
+        next(clip_batches(_config(num_workers=num_workers), bad, 0, 2))
+    first, *reasons = str(caught.value).splitlines()
+    assert first == "all 3 videos tried for one clip are unreadable:"
+    assert sorted(reasons) == [f"  {entry.path}: no such file or directory" for entry in bad]
+
+
+def test_a_missing_decoder_is_reported_at_once(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adamae_fast.data.decode.decord_is_installed", lambda: False)
+    with pytest.raises(ValueError, match="decord is not installed"):
+        clip_batches(_config(decoder="decord"), entries, 0, 2)
+
+
+def test_a_killed_worker_ends_the_run_and_says_so(entries: list[Entry]) -> None:
+    with _running(entries, num_workers=1) as (batches, (worker,)):
+        assert worker.pid is not None
+        threading.Timer(0.1, os.kill, (worker.pid, signal.SIGKILL)).start()
+        with pytest.raises(RunStoppedError, match=r"a data worker died \(SIGKILL\).*memory.*data\.num_workers"):
+            deque(batches, maxlen=0)
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT"])
+def test_workers_outlive_signals_of_others(entries: list[Entry], name: str) -> None:
+    with _running(entries, num_workers=2) as (batches, workers):
+        subprocess.run(["/bin/kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+        _assert_same([next(batches) for _ in range(10)], list(clip_batches(_config(), entries, 1, 11)))
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def test_workers_obey_their_parent(entries: list[Entry]) -> None:
+    with _running(entries, num_workers=1) as (_, (worker,)):
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def killed_parent(entries: list[Entry]) -> Iterator[list[int]]:
+    """Process ids of two workers whose training process was killed with SIGKILL."""
+    code = f"""
+import multiprocessing, time
+from adamae_fast.config import *
+from adamae_fast.data.loader import clip_batches
+from adamae_fast.data.manifest import Entry
+config = PretrainConfig(model=ModelConfig(num_frames=4, frame_size=16), data=DataConfig(num_workers=2),
+                        train=TrainConfig(batch_size=2))
+batches = clip_batches(config, [Entry({entries[0].path!r}, 0)], 0, 10**6)
+next(batches)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        process.kill()
+    yield workers
+    for pid in filter(_is_running, workers):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_workers_die_with_their_parent(killed_parent: list[int]) -> None:
+    assert len(killed_parent) == 2
+    deadline = time.monotonic() + 15
+    while any(map(_is_running, killed_parent)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(_is_running, killed_parent))
