@@ -69,7 +69,7 @@ def _device() -> str:
 
 def _backends() -> list[Backend]:
     return [
-        # PyAV before decord: decord offers its old codec libraries to the whole process, and PyAV must not pick them up.
+        # PyAV before decord, whose old codec libraries the whole process sees: PyAV must not pick them up.
         _package("av", "PyAV: lists frames, decodes what decord cannot, writes videos", "av"),
         _package("decord", "fast seeking video decoder", "decord"),
         _package("nvidia.dali", "video decoding on the GPU", "nvidia-dali-cuda130", needs_cuda=True),
