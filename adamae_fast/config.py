@@ -228,6 +228,10 @@ class OptimConfig:
     weight_decay: float = 0.05
     """Decoupled decay; not applied to biases, norms, other 1-D tensors and the mask token."""
 
+    layer_decay: float = 1.0
+    """Factor on the learning rate for each encoder block towards the input; 1 for one rate everywhere. Below 1 the early
+    layers of a model that continues on other data change less."""
+
     warmup_epochs: float = 40.0
     """Length of the linear warm-up from 0. With train.steps it keeps its share of the run."""
 
@@ -238,6 +242,7 @@ class OptimConfig:
         _require(self.base_lr > 0, "optim.base_lr", self.base_lr, "choose a positive learning rate")
         _require(0 <= self.min_lr <= self.base_lr, "optim.min_lr", self.min_lr, f"choose 0 to base_lr={self.base_lr}")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "choose 0 or more")
+        _require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "choose a factor in (0, 1]")
         _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "choose 0 or more epochs")
         _require(
             self.clip_grad_norm is None or self.clip_grad_norm > 0,

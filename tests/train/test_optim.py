@@ -1,15 +1,23 @@
+import pytest
 import torch
 
 from adamae_fast import AdaMAE
 from adamae_fast.config import ModelConfig, OptimConfig
-from adamae_fast.train.optim import build_optimizer, set_learning_rate
+from adamae_fast.train.optim import build_optimizer, layer_scale, set_learning_rate
 
 
-def test_what_is_decayed():
+@pytest.fixture(scope="module")
+def model():
     with torch.device("meta"):
-        model = AdaMAE(ModelConfig(size="nano"))
-    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.05))
-    decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        return AdaMAE(ModelConfig(size="nano"))
+
+
+def by_parameter(optimizer, key):
+    return {id(p): group[key] for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_what_is_decayed(model):
+    decay_of = by_parameter(build_optimizer(model, OptimConfig(weight_decay=0.05)), "weight_decay")
     names = dict(model.named_parameters())
     assert len(decay_of) == len(names)
     for name, parameter in names.items():
@@ -18,8 +26,27 @@ def test_what_is_decayed():
     assert decay_of[id(names["sampler.positions"])] == 0.05
 
 
-def test_betas_and_rate():
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimConfig())
+def test_betas_and_one_rate_by_default(model):
+    optimizer = build_optimizer(model, OptimConfig())
     set_learning_rate(optimizer, 0.25)
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
     assert {group["lr"] for group in optimizer.param_groups} == {0.25}
+
+
+def test_layer_decay_shrinks_the_rate_towards_the_input(model):
+    optimizer = build_optimizer(model, OptimConfig(layer_decay=0.75))
+    set_learning_rate(optimizer, 2.0)
+    rate_of = by_parameter(optimizer, "lr")
+    # Walk back from the output: each of nano's 4 blocks costs one more factor, the tokenizer comes last.
+    expected, rate = {}, 2.0
+    for part in ("encoder.blocks.3.", "encoder.blocks.2.", "encoder.blocks.1.", "encoder.blocks.0.", "tokenizer."):
+        rate *= 0.75
+        expected[part] = rate
+    for name, parameter in model.named_parameters():
+        wanted = next((rate for part, rate in expected.items() if name.startswith(part)), 2.0)
+        assert rate_of[id(parameter)] == pytest.approx(wanted, rel=1e-12), name
+
+
+def test_scales_of_a_vit_b():
+    names = ["tokenizer.weight", *(f"encoder.blocks.{k}.norm1.bias" for k in range(12)), "encoder.norm.weight"]
+    assert [layer_scale(name, 12, 0.75) for name in names] == pytest.approx([0.75 ** (13 - i) for i in range(14)])
