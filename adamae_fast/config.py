@@ -229,8 +229,8 @@ class OptimConfig:
     """Decoupled decay; not applied to biases, norms, other 1-D tensors and the mask token."""
 
     layer_decay: float = 1.0
-    """Factor on the learning rate for each encoder block towards the input; 1 for one rate everywhere. Below 1 the early
-    layers of a model that continues on other data change less."""
+    """Factor on the learning rate for each encoder block towards the input; 1 for one rate everywhere. Below 1 the
+    early layers of a model that continues on other data change less."""
 
     warmup_epochs: float = 40.0
     """Length of the linear warm-up from 0. With train.steps it keeps its share of the run."""
@@ -324,6 +324,10 @@ class PretrainConfig:
     resume: str = "auto"
     """auto: continue from output_dir's newest checkpoint if there is one; none: start afresh in an empty output_dir;
     or the path of a checkpoint to continue from."""
+
+    init_weights: str | None = None
+    """Weights to start a fresh run from: a checkpoint or run folder, such as adamae-fast convert writes; random ones if
+    null."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Sizes of the clip and of the network."""

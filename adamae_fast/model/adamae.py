@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adamae_fast.config import LossConfig, MaskConfig, ModelConfig, load_config
@@ -107,15 +109,17 @@ class AdaMAE(nn.Module):
         Files of the published code, VideoMAE and transformers are first brought into this layout by
         ``adamae-fast convert``. Raises ValueError where the folder holds no checkpoint or the weights do not fit.
         """
-        from safetensors.torch import load_file
-
-        weights_file, config_file = find_weights(path)
-        model = cls.from_config(config_file)
-        try:
-            model.load_state_dict(load_file(weights_file))
-        except RuntimeError as error:
-            raise ValueError(f"{weights_file}: the weights do not fit the model of {config_file}: {error}") from error
+        model = cls.from_config(find_weights(path)[1])
+        model.load_weights(path)
         return model
+
+    def load_weights(self, path: str | Path) -> None:
+        """Replace this model's weights by those of a checkpoint or run folder. Raises ValueError if they do not fit."""
+        weights_file, _ = find_weights(path)
+        try:
+            self.load_state_dict(load_file(weights_file))
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{weights_file}: these weights do not fit the configured model: {error}") from error
 
     def forward(
         self, video: Tensor, visible_ids: Tensor | None = None, generator: torch.Generator | None = None

@@ -91,9 +91,12 @@ def pretrain(config: PretrainConfig, console: Console) -> dict[str, object]:
 
 
 def _resume(config: PretrainConfig, run: RunFolder, stepper: Stepper, num_videos: int) -> int:
-    """Restore the state that ``resume`` asks for; return the number of steps already done."""
+    """Restore what ``resume``, or for a fresh run ``init_weights``, asks for; return the number of steps done."""
     folder = checkpoint.find_resume_point(config.resume, run)
     if folder is None:
+        if config.init_weights is not None:
+            stepper.model.load_weights(config.init_weights)
+            log.info("starting from the weights of %s", config.init_weights)
         return 0
     state = checkpoint.load_checkpoint(folder, stepper.model, stepper.optimizer)
     if state.loss_scale:

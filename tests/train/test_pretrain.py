@@ -140,6 +140,13 @@ def test_a_truncated_checkpoint_is_refused_and_the_previous_one_continues(recipe
     assert losses(output_dir) == losses(uninterrupted[0])
 
 
+def test_a_fresh_run_can_start_from_other_weights(recipe, uninterrupted, tmp_path):
+    options = ("--init_weights", str(uninterrupted[0]), "--train.steps", "1")
+    assert run_to_end(recipe, tmp_path / "run", *options).returncode == 0
+    first, last = losses(tmp_path / "run")[1][1], losses(uninterrupted[0])
+    assert first < 0.9 * last[1][1]
+
+
 def test_a_second_run_does_not_overwrite_the_first(recipe, uninterrupted):
     refused = run_to_end(recipe, uninterrupted[0], "--resume", "none")
     assert refused.returncode == 2
