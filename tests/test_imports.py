@@ -22,7 +22,7 @@ ALLOWED = {
     "data": {"data", *BASE},
     "train": {"train", "ops", "masking", "model", "data", "report", *BASE},
     "interop": {"interop", "model", *BASE},
-    "report": {"report", "model", "masking", "data", *BASE},
+    "report": {"ops", "report", "model", "masking", "data", *BASE},
     "testing": {"ops"},
     **dict.fromkeys(BASE, BASE),
 }

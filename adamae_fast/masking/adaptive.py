@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from adamae_fast.grid import TokenGrid
 from adamae_fast.masking.protocol import check_num_visible
-from adamae_fast.ops.sample_visible import TokenSplit, gumbel_noise, sample_visible
+from adamae_fast.ops.sample_visible import TokenSplit, sample_visible
 
 
 class AdaptiveMask:
@@ -19,18 +18,8 @@ class AdaptiveMask:
         """K = int(N · (1 − ρ)), rounded down: 0.90 of 1568 tokens leaves 156."""
         return check_num_visible(int(grid.num_tokens * (1 - ratio)), "adaptive", grid, ratio)
 
-    def __call__(
-        self,
-        grid: TokenGrid,
-        ratio: float,
-        batch_size: int,
-        *,
-        device: torch.device,
-        logits_BN: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> TokenSplit:
+    def __call__(self, grid: TokenGrid, ratio: float, noise_BN: Tensor, logits_BN: Tensor | None = None) -> TokenSplit:
         """Draw ids by Gumbel top-K. Raises ValueError without logits."""
         if logits_BN is None:
             raise ValueError("logits_BN=None: adaptive masking draws from the sampler's logits; pass them")
-        noise_BN = gumbel_noise((batch_size, grid.num_tokens), device=device, generator=generator)
-        return sample_visible(logits_BN.detach(), noise_BN, self.num_visible(grid, ratio))
+        return sample_visible(logits_BN, noise_BN, self.num_visible(grid, ratio))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adamae_fast.grid import TokenGrid
-from adamae_fast.ops.sample_visible import TokenSplit, gumbel_noise, sample_visible
+from adamae_fast.ops.sample_visible import TokenSplit, sample_visible
 
 
 class MaskStrategy(Protocol):
@@ -21,25 +21,13 @@ class MaskStrategy(Protocol):
     def num_visible(self, grid: TokenGrid, ratio: float) -> int:
         """K: how many of a clip's N tokens stay visible at masking ratio ``ratio``. Each strategy states its rule."""
 
-    def __call__(
-        self,
-        grid: TokenGrid,
-        ratio: float,
-        batch_size: int,
-        *,
-        device: torch.device,
-        logits_BN: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> TokenSplit:
-        """Draw visible (B, K) and masked (B, N − K) ids, both ascending, anew for each clip."""
+    def __call__(self, grid: TokenGrid, ratio: float, noise_BN: Tensor, logits_BN: Tensor | None = None) -> TokenSplit:
+        """Draw visible (B, K) and masked (B, N − K) ids, both ascending, from Gumbel noise: the only randomness."""
 
 
-def draw_uniform(
-    batch_size: int, num_items: int, num_drawn: int, device: torch.device, generator: torch.Generator | None
-) -> TokenSplit:
-    """Draw ``num_drawn`` of ``num_items`` uniformly without replacement, for each clip of the batch."""
-    noise = gumbel_noise((batch_size, num_items), device=device, generator=generator)
-    return sample_visible(torch.zeros_like(noise), noise, num_drawn)
+def draw_uniform(noise_BI: Tensor, num_drawn: int) -> TokenSplit:
+    """Draw ``num_drawn`` of I items uniformly without replacement, for each clip of the batch."""
+    return sample_visible(torch.zeros_like(noise_BI), noise_BI, num_drawn)
 
 
 def check_num_visible(num_visible: int, strategy: str, grid: TokenGrid, ratio: float) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from adamae_fast.grid import TokenGrid
@@ -19,15 +18,6 @@ class RandomMask:
         """K = int(N · (1 − ρ)): the rule of MAE-ST and of adaptive masking, so that both see equally much."""
         return check_num_visible(int(grid.num_tokens * (1 - ratio)), "random", grid, ratio)
 
-    def __call__(
-        self,
-        grid: TokenGrid,
-        ratio: float,
-        batch_size: int,
-        *,
-        device: torch.device,
-        logits_BN: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> TokenSplit:
+    def __call__(self, grid: TokenGrid, ratio: float, noise_BN: Tensor, logits_BN: Tensor | None = None) -> TokenSplit:
         """Draw ids uniformly; logits are ignored."""
-        return draw_uniform(batch_size, grid.num_tokens, self.num_visible(grid, ratio), device, generator)
+        return draw_uniform(noise_BN, self.num_visible(grid, ratio))

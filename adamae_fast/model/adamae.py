@@ -28,7 +28,7 @@ from adamae_fast.model.tokenizer import Tokenizer
 from adamae_fast.ops.assemble_decoder import assemble_decoder
 from adamae_fast.ops.gather_tokens import gather_tokens
 from adamae_fast.ops.masked_patch_loss import masked_patch_loss
-from adamae_fast.ops.sample_visible import TokenSplit, split_tokens
+from adamae_fast.ops.sample_visible import TokenSplit, gumbel_noise, split_tokens
 from adamae_fast.ops.sampling_loss import sampling_loss
 from adamae_fast.run_folder import find_weights
 
@@ -181,14 +181,8 @@ class AdaMAE(nn.Module):
                     f"visible_ids has {visible_ids.shape[0]} rows for {video.shape[0]} clips; give one each"
                 )
             return split_tokens(visible_ids, self.grid.num_tokens)
-        return self.strategy(
-            self.grid,
-            self.mask_config.ratio,
-            video.shape[0],
-            device=video.device,
-            logits_BN=logits_BN,
-            generator=generator,
-        )
+        noise_BN = gumbel_noise((video.shape[0], self.grid.num_tokens), device=video.device, generator=generator)
+        return self.strategy(self.grid, self.mask_config.ratio, noise_BN, logits_BN)
 
     def _check_video(self, video: Tensor) -> None:
         if video.dtype != torch.uint8 or video.ndim != 5 or tuple(video.shape[1:]) != self.grid.video_shape:

@@ -20,6 +20,7 @@ from adamae_fast.data.clips import CropBox
 from adamae_fast.grid import TokenGrid
 from adamae_fast.masking import STRATEGIES, MaskStrategy
 from adamae_fast.model.adamae import AdaMAE
+from adamae_fast.ops.sample_visible import gumbel_noise
 
 
 class Figure(TypedDict):
@@ -150,21 +151,13 @@ def measure_adaptivity(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        logits = [model(batch.to(device), generator=generator).logits for batch in videos.split(batch_size)]
+        outputs = [model(batch.to(device), generator=generator) for batch in videos.split(batch_size)]
+        logits_BN = torch.cat([output.logits for output in outputs])
     model.train(was_training)
 
     def draw(strategy: MaskStrategy) -> Figure:
-        splits = [
-            strategy(
-                model.grid,
-                model.mask_config.ratio,
-                len(videos),
-                device=device,
-                logits_BN=torch.cat(logits),
-                generator=generator,
-            )
-            for _ in range(repeats)
-        ]
+        noises = [gumbel_noise(logits_BN.shape, device=device, generator=generator) for _ in range(repeats)]
+        splits = [strategy(model.grid, model.mask_config.ratio, noise_BN, logits_BN) for noise_BN in noises]
         visible_ids_RBK = torch.stack([split.visible_ids_BK for split in splits]).cpu().numpy()
         return adaptivity_figure(coverage_BN, visible_ids_RBK)
 
