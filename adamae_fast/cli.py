@@ -136,7 +136,7 @@ def _run(name: str, arguments: list[str]) -> int:
     try:
         command.add_arguments(parser)
         return command.run(parser, parser.parse_args(arguments))
-    except (ArgumentError, ValueError, RunStoppedError) as error:
+    except (ArgumentError, ValueError, OSError, RunStoppedError) as error:
         if os.environ.get("ADAMAE_DEBUG"):
             raise
         message = f"adamae-fast {name}: {error}"

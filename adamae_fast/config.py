@@ -64,10 +64,10 @@ class SamplerConfig:
         _require(self.depth >= 1, "model.sampler.depth", self.depth, "choose at least 1 block")
         _require(0 <= self.dropout < 1, "model.sampler.dropout", self.dropout, "choose a share in [0, 1)")
         _require(
-            self.kind == "attention" or (self.width is None and self.depth == 1),
+            self.kind == "attention" or (self.width, self.depth, self.dropout) == (None, 1, 0.1),
             "model.sampler.kind",
             self.kind,
-            "width and depth belong to the attention sampler; leave them at their defaults for the mlp",
+            "width, depth and dropout belong to the attention sampler; leave them at their defaults for the mlp",
         )
 
 
@@ -368,6 +368,19 @@ class PretrainConfig:
             f"choose fewer than train.epochs={self.train.epochs}",
         )
 
+    def without_effect(self) -> list[str]:
+        """Return a sentence for each option that was set but does nothing in this combination."""
+        messages = []
+        if self.mask.strategy != "adaptive":
+            reason = f"mask.strategy={self.mask.strategy} has no sampler"
+            if self.model.sampler != SamplerConfig():
+                messages.append(f"model.sampler has no effect: {reason}")
+            if self.loss.sampling_weight != LossConfig().sampling_weight:
+                messages.append(f"loss.sampling_weight has no effect: {reason}")
+        if self.data.crop != "random_resized" and self.data.random_resized_scale != DataConfig().random_resized_scale:
+            messages.append(f"data.random_resized_scale has no effect: data.crop={self.data.crop}")
+        return messages
+
 
 def add_pretrain_arguments(parser: ArgumentParser) -> None:
     """Give a jsonargparse parser ``--config FILE`` and one option for each field of :class:`PretrainConfig`."""
@@ -392,7 +405,7 @@ def load_config(path: str | Path, overrides: Mapping[str, object] | None = None)
     add_pretrain_arguments(parser)
     arguments = [f"--config={path}"]
     for key, value in (overrides or {}).items():
-        arguments.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+        arguments.append(f"--{key}={value if isinstance(value, str | Path) else json.dumps(value)}")
     try:
         return build_config(parser, parser.parse_args(arguments))
     except (ArgumentError, ValueError) as error:

@@ -27,9 +27,9 @@ class Backend:
     detail: str
 
 
-def collect() -> dict[str, object]:
-    """Return versions, the device and every optional back end with its state."""
-    return {
+def collect() -> tuple[dict[str, object], list[Backend]]:
+    """Return versions and device, and every optional back end with its state."""
+    versions: dict[str, object] = {
         "adamae_fast": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -37,24 +37,23 @@ def collect() -> dict[str, object]:
         "cuda_build": torch.version.cuda,
         "device": _device(),
         "cpu_cores": os.cpu_count(),
-        "backends": [asdict(backend) for backend in _backends()],
     }
+    return versions, _backends()
 
 
 def print_info(*, as_json: bool) -> None:
     """Print :func:`collect` as a table, or as one JSON object."""
-    facts = collect()
+    versions, backends = collect()
     if as_json:
-        print(json.dumps(facts))
+        print(json.dumps({**versions, "backends": [asdict(backend) for backend in backends]}))
         return
     console = Console()
-    versions = Table(show_header=False, box=None)
-    for key, value in facts.items():
-        if key != "backends":
-            versions.add_row(key, str(value))
-    console.print(versions)
+    grid = Table(show_header=False, box=None)
+    for key, value in versions.items():
+        grid.add_row(key, str(value))
+    console.print(grid)
     table = Table("back end", "for", "", "version, or why it is not used")
-    for backend in _backends():
+    for backend in backends:
         mark = "[green]yes" if backend.available else "[yellow]no"
         table.add_row(backend.name, backend.purpose, mark, escape(backend.detail))
     console.print(table)

@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 MODEL_FILE = "model.safetensors"
@@ -26,6 +29,20 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Make the folder and keep other processes from writing to it. Raises ValueError if one already does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"output_dir={str(self.path)!r}: another process is writing this run; stop it, or choose another "
+                    "output_dir"
+                ) from error
+            yield
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after ``step`` optimizer steps."""

@@ -1,3 +1,3 @@
-"""The package's version, read by setup.py without importing torch."""
+"""The package's version, which pyproject.toml reads without importing torch."""
 
 __version__ = "0.1.0"

@@ -118,7 +118,9 @@ class AdaMAE(nn.Module):
         weights_file, _ = find_weights(path)
         try:
             self.load_state_dict(load_file(weights_file))
-        except (RuntimeError, SafetensorError) as error:
+        except SafetensorError as error:
+            raise ValueError(f"{weights_file} is damaged ({error}); use another checkpoint") from error
+        except RuntimeError as error:
             raise ValueError(f"{weights_file}: these weights do not fit the configured model: {error}") from error
 
     def forward(
@@ -137,7 +139,7 @@ class AdaMAE(nn.Module):
         tokens_BND = self.tokenizer(video)
         logits_BN = None
         if self.sampler is not None:
-            logits_BN = self.sampler(tokens_BND.detach() if self.detach_tokens else tokens_BND).float()
+            logits_BN = self.sampler(tokens_BND.detach() if self.detach_tokens else tokens_BND)
         split = self._split(video, logits_BN, visible_ids, generator)
 
         visible_BKD = gather_tokens(tokens_BND, split.visible_ids_BK, split.slots_BN, self.positions_ND)
@@ -180,7 +182,12 @@ class AdaMAE(nn.Module):
                 raise ValueError(
                     f"visible_ids has {visible_ids.shape[0]} rows for {video.shape[0]} clips; give one each"
                 )
-            return split_tokens(visible_ids, self.grid.num_tokens)
+            if visible_ids.shape[1:] == (self.grid.num_tokens,):
+                raise ValueError(
+                    f"visible_ids names all {self.grid.num_tokens} tokens; leave at least one to be masked"
+                )
+            # On the CPU, where their values can be checked: forced ids are for tests and pictures, not for training.
+            return TokenSplit(*(ids.to(video.device) for ids in split_tokens(visible_ids.cpu(), self.grid.num_tokens)))
         noise_BN = gumbel_noise((video.shape[0], self.grid.num_tokens), device=video.device, generator=generator)
         return self.strategy(self.grid, self.mask_config.ratio, noise_BN, logits_BN)
 

@@ -20,5 +20,6 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BNE: Tensor, num_masked: int) -> Tensor:
         """Return predictions (B, M, P) for the last ``num_masked`` tokens."""
+        num_visible = tokens_BNE.shape[1] - num_masked
         hidden_BNE = self.blocks(tokens_BNE)
-        return self.head(self.norm(hidden_BNE[:, -num_masked:]))
+        return self.head(self.norm(hidden_BNE[:, num_visible:]))

@@ -21,8 +21,6 @@ class AttentionSampler(nn.Module):
     def __init__(self, config: SamplerConfig, num_tokens: int, token_width: int) -> None:
         super().__init__()
         width = config.width or token_width
-        if width % NUM_HEADS:
-            raise ValueError(f"model.sampler.width={width}: choose a multiple of {NUM_HEADS}, the number of its heads")
         self.positions = nn.Parameter(torch.zeros(1, num_tokens, token_width))
         self.projection = nn.Linear(token_width, width) if width != token_width else nn.Identity()
         # Blocks without q/v bias and with LayerNorm's default epsilon, unlike encoder and decoder: as published.
@@ -38,7 +36,7 @@ class AttentionSampler(nn.Module):
     def forward(self, tokens_BND: Tensor) -> Tensor:
         """Return logits (B, N); their softmax is the paper's P."""
         x_BND = self.projection(tokens_BND + self.positions)
-        return self.head(self.blocks(x_BND)).squeeze(-1)
+        return _logits(self.head, self.blocks(x_BND))
 
 
 class MlpSampler(nn.Module):
@@ -56,7 +54,13 @@ class MlpSampler(nn.Module):
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
         """Return logits (B, N)."""
-        return self.head(self.hidden(tokens_BND + self.positions)).squeeze(-1)
+        return _logits(self.head, self.hidden(tokens_BND + self.positions))
+
+
+def _logits(head: nn.Linear, features_BND: Tensor) -> Tensor:
+    """Apply the head in fp32, also under autocast: bf16 would leave 8 bits to tell 1568 probabilities apart."""
+    with torch.autocast(features_BND.device.type, enabled=False):
+        return head(features_BND.float()).squeeze(-1)
 
 
 def build_sampler(config: SamplerConfig, num_tokens: int, token_width: int) -> AttentionSampler | MlpSampler:

@@ -1,7 +1,8 @@
 """Checkpoints that survive kill -9: written beside, checked by sum, renamed into place; nothing is ever unpickled.
 
-``step_00000100/`` holds ``model.safetensors`` (weights), ``optimizer.safetensors`` (moments by parameter name, random
-number states), ``state.json`` (step, number of videos, loss scale, size and CRC of every file) and ``config.yaml``.
+``step_00000100/`` holds ``model.safetensors`` (weights), ``optimizer.safetensors`` (moments by parameter name),
+``state.json`` (step, number of videos, loss scale, size and CRC of every file) and ``config.yaml``. Data position,
+learning rate and random numbers are functions of the configuration and the step.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stands: everything that continues it exactly, besides weights, moments and random number states."""
+    """Where a run stands: everything that continues it exactly, besides weights and moments."""
 
     step: int
-    """Optimizer steps done. The data position follows from it: the stream of clips is a function of (seed, step)."""
+    """Optimizer steps done. Clips, learning rate and random numbers of the next step are functions of it."""
 
     num_videos: int
     """Length of the manifest; another length is another stream of clips."""
@@ -62,12 +63,11 @@ def save_checkpoint(
     save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER_FILE)
     save_config(config, temporary / CONFIG_FILE)
     files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-    (temporary / STATE_FILE).write_text(json.dumps({**asdict(state), "files": files}, indent=1))
+    fields = {**asdict(state), "files": files}
+    (temporary / STATE_FILE).write_text(json.dumps({**fields, "crc32": _fields_crc(fields)}, indent=1))
 
     for path in (*temporary.iterdir(), temporary):
         _flush_to_disk(path)
-    if target.exists():
-        shutil.rmtree(target)
     temporary.rename(target)
     _flush_to_disk(run.checkpoints)
     for old in run.list_checkpoints()[: -config.checkpoint.keep]:
@@ -76,7 +76,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
-    """Restore weights, moments and random number states. Raises CheckpointError for a damaged or unfitting one."""
+    """Restore weights and moments. Raises CheckpointError for a damaged or unfitting checkpoint."""
     state = verify_checkpoint(folder)
     try:
         model.load_state_dict(load_file(folder / MODEL_FILE))
@@ -90,8 +90,9 @@ def verify_checkpoint(folder: Path) -> RunState:
     """Compare every file with the size and sum that were recorded when it was written; return where the run stood."""
     try:
         fields = json.loads((folder / STATE_FILE).read_text())
-        files = fields.pop("files")
-        for name, fingerprint in files.items():
+        if fields.pop("crc32") != _fields_crc(fields):
+            raise CheckpointError(f"{STATE_FILE} was changed after it was written")
+        for name, fingerprint in fields.pop("files").items():
             found = _fingerprint(folder / name)
             if found != fingerprint:
                 raise CheckpointError(f"{name} has {found}, but was written with {fingerprint}")
@@ -103,24 +104,23 @@ def verify_checkpoint(folder: Path) -> RunState:
 def find_resume_point(resume: str, run: RunFolder) -> Path | None:
     """Return the checkpoint that ``resume`` means, or None for a fresh start.
 
-    Raises CheckpointError where ``none`` would overwrite a run, or where a path is no checkpoint.
+    Raises CheckpointError where a path is no checkpoint, or where this run would mix with another one in its folder.
     """
     checkpoints = run.list_checkpoints()
-    if resume == "none":
-        if checkpoints or run.metrics.exists():
-            raise CheckpointError(
-                f"resume='none', but output_dir={str(run.path)!r} already holds a run; choose another output_dir, "
-                "delete that one, or continue it with resume=auto"
-            )
-        return None
     if resume == "auto":
         return checkpoints[-1] if checkpoints else None
     folder = Path(resume)
-    if not folder.is_dir():
+    if resume != "none" and not folder.is_dir():
         raise CheckpointError(f"resume={resume!r}: no such folder; give a checkpoint, auto or none")
     if not (folder / STATE_FILE).exists() and RunFolder(folder).list_checkpoints():
-        return RunFolder(folder).list_checkpoints()[-1]
-    return folder
+        folder = RunFolder(folder).list_checkpoints()[-1]
+    is_own = folder.resolve().parent == run.checkpoints.resolve()
+    if not is_own and (checkpoints or run.metrics.exists()):
+        raise CheckpointError(
+            f"resume={resume!r}, but output_dir={str(run.path)!r} already holds another run; choose another "
+            "output_dir, delete that one, or continue it with resume=auto"
+        )
+    return None if resume == "none" else folder
 
 
 def set_aside_newer(run: RunFolder, step: int) -> list[Path]:
@@ -137,9 +137,7 @@ def differences(folder: Path, config: PretrainConfig) -> dict[str, tuple[object,
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}.{key}"] = value.detach().contiguous()
@@ -147,10 +145,6 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _restore_optimizer(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    cuda_state = tensors.pop("rng.cuda", None)
-    if cuda_state is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda_state)
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         parameter_name, _, key = name.rpartition(".")
@@ -168,6 +162,10 @@ def _fingerprint(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size, "crc32": checksum}
 
 
+def _fields_crc(fields: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
+
+
 def _flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -177,11 +175,14 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def _remedy(folder: Path) -> str:
-    siblings = [path for path in RunFolder(folder.parent.parent).list_checkpoints() if path.name < folder.name]
-    if not siblings:
-        return "There is no earlier checkpoint beside it: start afresh in another output_dir"
-    previous = siblings[-1]
-    return f"The one before it is step {checkpoint_step(previous)}: continue from it with --resume {previous}"
+    run = RunFolder(folder.resolve().parent.parent)
+    for previous in reversed([path for path in run.list_checkpoints() if path.name < folder.name]):
+        try:
+            verify_checkpoint(previous)
+        except CheckpointError:
+            continue
+        return f"The one before it is step {checkpoint_step(previous)}: continue from it with --resume {previous}"
+    return "There is no earlier sound checkpoint beside it: start afresh in another output_dir"
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:

@@ -40,7 +40,7 @@ class FiniteGuard:
         if step >= 0:
             values = ", ".join(f"{n}={v:.6g}" for n, v in zip(self._names, self._bad_values.tolist(), strict=True))
             raise NonFiniteError(
-                f"step {step + 1}: a value is not finite ({values}); no parameter was changed by it. "
+                f"step {step + 1}: a value is not finite ({values}); no parameter was updated with it. "
                 "Lower optim.base_lr, set optim.clip_grad_norm, or use train.precision=bf16 in place of fp16, "
                 "and resume from the last checkpoint"
             )

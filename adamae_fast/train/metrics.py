@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -17,14 +19,16 @@ from adamae_fast.run_folder import RunFolder
 T = TypeVar("T")
 
 
-class DataWaitClock:
-    """Measures which share of the time since the last report the loop spent waiting for data."""
+class IntervalClock:
+    """Measures the interval since the last report: how fast it went, and which share of it was waiting for data.
+
+    On a GPU, where the host runs ahead, time in which both the GPU computes and the host waits counts as waiting, too.
+    """
 
     def __init__(self) -> None:
-        self.restart()
+        self._restart()
 
-    def restart(self) -> None:
-        """Begin a new interval."""
+    def _restart(self) -> None:
         self._start = time.perf_counter()
         self._waited = 0.0
 
@@ -35,13 +39,16 @@ class DataWaitClock:
         self._waited += time.perf_counter() - before
         return result
 
-    def elapsed(self) -> float:
-        """Seconds since the interval began."""
-        return time.perf_counter() - self._start
-
-    def wait_share(self) -> float:
-        """Waiting as a share of the interval."""
-        return self._waited / max(self.elapsed(), 1e-9)
+    def lap(self, steps: int, clips_per_step: int) -> dict[str, float]:
+        """Return the rates of an interval of ``steps`` steps, and begin the next one."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        rates = {
+            "clips_per_second": steps * clips_per_step / seconds,
+            "seconds_per_step": seconds / steps,
+            "data_wait_share": self._waited / seconds,
+        }
+        self._restart()
+        return rates
 
 
 class MetricsLog:
@@ -57,8 +64,9 @@ class MetricsLog:
             self._writer = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Append one line and flush it, so that a killed run keeps what it logged."""
-        self._file.write(json.dumps(metrics) + "\n")
+        """Append one line and flush it, so that a killed run keeps it; a value that is not finite becomes null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         if self._writer is not None:
             for name, value in metrics.items():
@@ -131,7 +139,8 @@ class ProgressLine:
         is_last = metrics["step"] == self._total_steps
         if not self._console.is_terminal and (is_last or now - self._last_plain >= self.PLAIN_INTERVAL_S):
             self._last_plain = now
-            line = f"step {metrics['step']:.0f}/{self._total_steps} · {figures}"
+            left = timedelta(seconds=round((self._total_steps - metrics["step"]) * metrics["seconds_per_step"]))
+            line = f"step {metrics['step']:.0f}/{self._total_steps} · {figures} · ETA {left}"
             self._console.print(line, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from itertools import islice
 
@@ -12,62 +13,70 @@ from adamae_fast.config import PretrainConfig
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.synthetic import read_boxes
 from adamae_fast.model.adamae import AdaMAE
+from adamae_fast.report.figures import headline
 from adamae_fast.report.html import read_json_lines
 from adamae_fast.report.visualize import Report, write_report
 from adamae_fast.run_folder import RunFolder
-from adamae_fast.train.metrics import read_metrics
+
+log = logging.getLogger("adamae_fast")
 
 NUM_PICTURED = 6
 NUM_BOXED = 64
-SMOOTHED_LINES = 5
-"""Logged lines whose mean loss counts as the last loss: one batch alone says little."""
+"""Videos that are searched for known boxes, from the manifest's beginning."""
 
 
 def write_summary(
-    run: RunFolder, config: PretrainConfig, model: AdaMAE, entries: Sequence[Entry], step: int, total_steps: int,
+    run: RunFolder,
+    config: PretrainConfig,
+    model: AdaMAE,
+    entries: Sequence[Entry],
+    step: int,
+    total_steps: int,
     console: Console,
-) -> dict[str, object]:  # fmt: skip
+) -> dict[str, object]:
     """Write summary.json, and report.html if the run is complete; print where everything is and the figures as JSON.
 
-    ``loss_first`` is the first logged loss, ``loss_last`` the mean of the last five, ``loss_fall`` their relative
-    difference; throughput and data wait are means over all logged intervals.
+    A report that cannot be drawn is logged as an error; the run and its figures stand.
     """
-    metrics = read_metrics(run.metrics)
-    first, last = metrics[0]["loss"], _mean([line["loss"] for line in metrics[-SMOOTHED_LINES:]])
+    metrics = read_json_lines(run.metrics)
+    checkpoints = run.list_checkpoints()
     summary: dict[str, object] = {
         "step": step,
         "steps": total_steps,
-        "loss_first": first,
-        "loss_last": last,
-        "loss_fall": 1 - last / first,
-        "clips_per_second": _mean([line["clips_per_second"] for line in metrics]),
-        "data_wait_share": _mean([line["data_wait_share"] for line in metrics]),
-        "quarantined": metrics[-1]["quarantined"],
-        "checkpoint": str(run.list_checkpoints()[-1]),
+        **headline(metrics),
+        "quarantined": len(read_json_lines(run.quarantine)),
         "metrics": str(run.metrics),
+        "checkpoint": str(checkpoints[-1]) if checkpoints else None,
     }
+    _write(run, summary)
     if step == total_steps:
         with console.status("drawing the report"):
-            report = _report(run, config, model, entries)
-        summary["report"] = str(report.path)
-        if report.adaptivity is not None:
-            summary["adaptivity_adaptive"] = report.adaptivity["adaptive"]["value"]
-            summary["adaptivity_random"] = report.adaptivity["random"]["value"]
-    run.summary.write_text(json.dumps(summary, indent=1) + "\n")
+            try:
+                report = _draw_report(run, config, model, entries)
+            except Exception:  # whatever goes wrong in a picture must not cost a finished run its summary
+                log.exception("the report could not be drawn; adamae-fast visualize %s VIDEOS… draws it anew", run.path)
+            else:
+                summary["report"] = str(report.path)
+                for name, figure in (report.adaptivity or {}).items():
+                    if isinstance(figure, dict):
+                        summary[f"adaptivity_{name}"] = figure["value"]
+                _write(run, summary)
     for name in ("report", "metrics", "checkpoint"):
-        if name in summary:
+        if summary.get(name):
             console.print(f"{name}: {summary[name]}", soft_wrap=True, highlight=False)
     console.out(json.dumps(summary), highlight=False)
     return summary
 
 
-def _report(run: RunFolder, config: PretrainConfig, model: AdaMAE, entries: Sequence[Entry]) -> Report:
-    """Picture the first readable videos; measure adaptivity on the first ones whose moving boxes are known."""
+def _write(run: RunFolder, summary: dict[str, object]) -> None:
+    temporary = run.summary.with_suffix(".tmp")
+    temporary.write_text(json.dumps(summary, indent=1) + "\n")
+    temporary.replace(run.summary)
+
+
+def _draw_report(run: RunFolder, config: PretrainConfig, model: AdaMAE, entries: Sequence[Entry]) -> Report:
+    """Picture the first readable videos; measure adaptivity on those whose moving boxes are known."""
     bad = {line["path"] for line in read_json_lines(run.quarantine)}
-    videos = [entry.path for entry in entries if entry.kind == "video" and entry.path not in bad]
-    boxed = islice((path for path in videos if read_boxes(path) is not None), NUM_BOXED)
-    return write_report(run, model, config, videos[:NUM_PICTURED], boxed_videos=list(boxed))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    videos = [entry.path for entry in islice(entries, NUM_BOXED) if entry.kind == "video" and entry.path not in bad]
+    boxed = [path for path in videos if read_boxes(path) is not None]
+    return write_report(run, model, config, videos[:NUM_PICTURED], boxed_videos=boxed)

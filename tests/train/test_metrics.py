@@ -6,11 +6,12 @@ import pytest
 from rich.console import Console
 
 from adamae_fast.run_folder import RunFolder
-from adamae_fast.train.metrics import DataWaitClock, MetricsLog, ProgressLine, keep_metrics_until, read_metrics
+from adamae_fast.train.metrics import IntervalClock, MetricsLog, ProgressLine, keep_metrics_until, read_metrics
 
 
 def figures(step):
-    return {"step": step, "loss": 1.0 / step, "clips_per_second": 3.0, "data_wait_share": 0.25, "quarantined": 1}
+    rates = {"clips_per_second": 3.0, "seconds_per_step": 7.0, "data_wait_share": 0.25}
+    return {"step": step, "loss": 1.0 / step, "quarantined": 1, **rates}
 
 
 @pytest.fixture
@@ -64,12 +65,19 @@ def test_wait_share_counts_only_what_was_waited_for(monkeypatch):
         now += 1.0
         return "batch"
 
-    clock = DataWaitClock()
+    clock = IntervalClock()
     assert clock.wait_for(produce) == "batch"
     now += 3.0
-    assert (clock.elapsed(), clock.wait_share()) == (4.0, 0.25)
-    clock.restart()
-    assert clock.wait_share() == 0
+    assert clock.lap(2, 16) == {"clips_per_second": 8.0, "seconds_per_step": 2.0, "data_wait_share": 0.25}
+    now += 1.0
+    assert clock.lap(1, 16)["data_wait_share"] == 0
+
+
+def test_values_that_are_not_finite_are_null(run):
+    with MetricsLog(run, 0, tensorboard=False) as log:
+        log.write({**figures(1), "grad_norm": float("inf")})
+    assert "Infinity" not in run.metrics.read_text()
+    assert read_metrics(run.metrics)[0]["grad_norm"] is None
 
 
 def test_progress_in_a_log_file_is_a_plain_line(run):
@@ -79,7 +87,8 @@ def test_progress_in_a_log_file_is_a_plain_line(run):
             line.advance(step)
             line.report(figures(step))
     assert text.getvalue().splitlines() == [
-        f"step {step}/2 · loss {1 / step:.4f} · 3.0 clips/s · waiting for data 25% · quarantined 1" for step in (1, 2)
+        f"step {step}/2 · loss {1 / step:.4f} · 3.0 clips/s · waiting for data 25% · quarantined 1 · ETA 0:00:{eta}"
+        for step, eta in ((1, "07"), (2, "00"))
     ]
 
 

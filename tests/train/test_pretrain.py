@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
+from adamae_fast import AdaMAE
+from adamae_fast.config import load_config
 from adamae_fast.run_folder import RunFolder
 from adamae_fast.train.metrics import read_metrics
+from adamae_fast.train.pretrain import pretrain
 
 STEPS = 14
 SAVE_EVERY = 3  # an epoch has 5 clips in batches of 2: saves fall into the middle of epochs
@@ -55,17 +62,19 @@ def run_to_end(recipe: Path, output_dir: Path, *options: str) -> subprocess.Comp
     return subprocess.run(command(recipe, output_dir, *options), capture_output=True, text=True, env=ENVIRONMENT)
 
 
-def run_and_signal(recipe: Path, output_dir: Path, after_step: int, number: int) -> int:
+def run_and_signal(recipe: Path, output_dir: Path, after_step: int, number: int, *options: str) -> int:
     """Start a run, send a signal as soon as it has logged ``after_step``, return its exit status."""
     process = subprocess.Popen(
-        command(recipe, output_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        command(recipe, output_dir, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
     )
     metrics = RunFolder(output_dir).metrics
     deadline = time.monotonic() + 120
+    poll = threading.Event()
     while process.poll() is None and time.monotonic() < deadline:
         if any(entry["step"] >= after_step for entry in read_metrics(metrics)):
             process.send_signal(number)
             return process.wait(timeout=60)
+        poll.wait(0.005)
     process.kill()
     raise AssertionError(f"the run ended with {process.wait()} before it logged step {after_step}")
 
@@ -111,20 +120,38 @@ def test_a_run_killed_at_several_moments_equals_the_uninterrupted_one(recipe, un
     assert all((final[0][name] == final[1][name]).all() for name in final[0])
 
 
-def test_sigterm_saves_and_exits_cleanly(recipe, uninterrupted, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_saves_and_exits_cleanly(recipe, tmp_path, number):
     output_dir = tmp_path / "stopped"
-    assert run_and_signal(recipe, output_dir, 4, signal.SIGTERM) == 0
+    # Too long to end by itself before the signal; it saves only because it is told to stop.
+    endless = ("--train.steps", "100000", "--checkpoint.every", "100000")
+    assert run_and_signal(recipe, output_dir, 4, number, *endless) == 0
     run = RunFolder(output_dir)
     last_step = read_metrics(run.metrics)[-1]["step"]
-    assert 4 <= last_step < STEPS
-    assert run.list_checkpoints()[-1] == run.checkpoint(last_step)
-    assert run_to_end(recipe, output_dir).returncode == 0
-    assert losses(output_dir) == losses(uninterrupted[0])
+    assert run.list_checkpoints() == [run.checkpoint(last_step)]
+    assert json.loads(run.summary.read_text())["step"] == last_step >= 4
+    assert run_to_end(recipe, output_dir, "--train.steps", str(last_step + 2)).returncode == 0
+    assert [entry["step"] for entry in read_metrics(run.metrics)] == list(range(1, last_step + 3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--data.num_workers", "0"),
+        ("--train.batch_size", "4", "--data.repeat", "2", "--train.accumulate", "2", "--seed", "20260101"),
+    ],
+    ids=["no workers", "repeat, accumulate, seed"],
+)
+def test_a_killed_run_with_other_options_equals_the_uninterrupted_one(recipe, tmp_path, options):
+    options = (*options, "--train.steps", "8")
+    assert run_to_end(recipe, tmp_path / "whole", *options).returncode == 0
+    assert run_and_signal(recipe, tmp_path / "killed", 4, signal.SIGKILL, *options) == -signal.SIGKILL
+    resumed = run_to_end(recipe, tmp_path / "killed", *options, "--data.num_workers", "2")
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 def test_a_truncated_checkpoint_is_refused_and_the_previous_one_continues(recipe, uninterrupted, tmp_path):
-    import shutil
-
     output_dir = tmp_path / "run"
     shutil.copytree(uninterrupted[0], output_dir)
     run = RunFolder(output_dir)
@@ -133,21 +160,62 @@ def test_a_truncated_checkpoint_is_refused_and_the_previous_one_continues(recipe
     refused = run_to_end(recipe, output_dir)
     assert refused.returncode == 2
     offered = f"--resume {run.checkpoint(12)}"
-    words = " ".join(refused.stderr.split())
-    assert "step_00000014 is damaged" in words
-    assert offered in words
+    assert "step_00000014 is damaged" in refused.stderr
+    assert offered in refused.stderr
     assert run_to_end(recipe, output_dir, *offered.split()).returncode == 0
     assert losses(output_dir) == losses(uninterrupted[0])
 
 
 def test_a_fresh_run_can_start_from_other_weights(recipe, uninterrupted, tmp_path):
-    options = ("--init_weights", str(uninterrupted[0]), "--train.steps", "1")
-    assert run_to_end(recipe, tmp_path / "run", *options).returncode == 0
-    first, last = losses(tmp_path / "run")[1][1], losses(uninterrupted[0])
-    assert first < 0.9 * last[1][1]
+    overrides = {"output_dir": str(tmp_path), "init_weights": str(uninterrupted[0]), "train.steps": 1}
+    nothing_learned = {"optim.base_lr": 1e-12, "optim.min_lr": 0.0, "optim.weight_decay": 0.0, "data.num_workers": 0}
+    pretrain(load_config(recipe, {**overrides, **nothing_learned}), Console(quiet=True))
+    before, after = (AdaMAE.from_pretrained(path) for path in (uninterrupted[0], tmp_path))
+    for one, two in zip(before.parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
 
 
 def test_a_second_run_does_not_overwrite_the_first(recipe, uninterrupted):
     refused = run_to_end(recipe, uninterrupted[0], "--resume", "none")
     assert refused.returncode == 2
-    assert "already holds a run" in " ".join(refused.stderr.split())
+    assert "already holds another run" in refused.stderr
+
+
+def test_two_processes_do_not_write_one_run(recipe, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with run.lock():
+        refused = run_to_end(recipe, run.path)
+    assert refused.returncode == 2
+    assert "another process is writing this run" in refused.stderr
+
+
+def test_a_shorter_run_than_its_checkpoint_is_refused(recipe, uninterrupted):
+    refused = run_to_end(recipe, uninterrupted[0], "--train.steps", "9")
+    assert refused.returncode == 2
+    assert "stands at step 14, but this run ends at step 9" in refused.stderr
+
+
+def test_a_finished_run_only_draws_its_report_again(recipe, uninterrupted, tmp_path):
+    before = losses(uninterrupted[0])
+    RunFolder(uninterrupted[0]).report.unlink()
+    assert run_to_end(recipe, uninterrupted[0]).returncode == 0
+    assert losses(uninterrupted[0]) == before
+    assert RunFolder(uninterrupted[0]).report.is_file()
+
+
+def test_a_report_that_fails_does_not_cost_the_summary(recipe, tmp_path, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("adamae_fast.train.summary.write_report", fail)
+    config = load_config(recipe, {"output_dir": str(tmp_path), "train.steps": 2, "data.num_workers": 0})
+    summary = pretrain(config, Console(quiet=True))
+    assert summary == json.loads(RunFolder(tmp_path).summary.read_text())
+    assert "report" not in summary
+    assert "the report could not be drawn" in caplog.text
+
+
+def test_options_without_effect_are_named(recipe, tmp_path, caplog):
+    overrides = {"mask.strategy": "tube", "loss.sampling_weight": 1.0, "train.steps": 1, "data.num_workers": 0}
+    pretrain(load_config(recipe, {"output_dir": str(tmp_path), **overrides}), Console(quiet=True))
+    assert "loss.sampling_weight has no effect: mask.strategy=tube has no sampler" in caplog.text

@@ -4,7 +4,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from adamae_fast.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig, SamplerConfig, TrainConfig
 from adamae_fast.train.finite import NonFiniteError
-from adamae_fast.train.step import FIGURES, Stepper
+from adamae_fast.train.step import FIGURES, Stepper, step_seed
 
 SIZES = {"size": "nano", "num_frames": 4, "frame_size": 32, "tubelet_size": 2, "patch_size": 16}  # 8 tokens
 
@@ -12,14 +12,14 @@ SIZES = {"size": "nano", "num_frames": 4, "frame_size": 32, "tubelet_size": 2, "
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def build(*, optim=None, strategy="adaptive", device="cpu", **train):
+def build(*, optim=None, strategy="adaptive", device="cpu", seed=0, **train):
     config = PretrainConfig(
+        seed=seed,
         model=ModelConfig(**SIZES, sampler=SamplerConfig(dropout=0.0)),
         mask=MaskConfig(ratio=0.5, strategy=strategy),
         optim=OptimConfig(**(optim or {})),
         train=TrainConfig(**{"precision": "fp32", **train}),
     )
-    torch.manual_seed(0)
     return Stepper(config, torch.device(device))
 
 
@@ -39,7 +39,7 @@ def run_step(stepper, *micro_batches, step=0, learning_rate=1e-3):
 def force_ids(stepper):
     ids = torch.tensor([[0, 2, 5, 7]])
     forward = stepper.model.forward
-    stepper.model.forward = lambda video, generator: forward(video, visible_ids=ids.expand(video.shape[0], -1))
+    stepper.model.forward = lambda video: forward(video, visible_ids=ids.expand(video.shape[0], -1))
     return stepper
 
 
@@ -71,20 +71,24 @@ def test_figures_without_a_sampler_are_zero():
     assert figures["probability_max"] == figures["loss_sampling"] == 0
 
 
-def test_masks_depend_on_seed_and_step_only():
-    stepper, seen = build(), []
-    forward = stepper.model.forward
+def masks_of_step(step, seed):
+    stepper, seen = build(seed=seed), []
+    stepper.model.register_forward_hook(lambda module, arguments, output: seen.append(output.visible_ids))
+    torch.rand(5)  # what was drawn before must not matter
+    run_step(stepper, clips(64), step=step)
+    return seen[0]
 
-    def remember(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        seen.append(output.visible_ids)
-        return output
 
-    stepper.model.forward = remember
-    for step in (0, 1, 0):
-        run_step(stepper, clips(64), step=step, learning_rate=0.0)
-    assert torch.equal(seen[0], seen[2])
-    assert not torch.equal(seen[0], seen[1])
+@pytest.mark.parametrize("seed", [0, 1, 20260101, 2**40 + 1])
+def test_masks_depend_on_seed_and_step_only(seed):
+    first = masks_of_step(3, seed)
+    assert torch.equal(first, masks_of_step(3, seed))
+    assert not torch.equal(first, masks_of_step(4, seed))
+
+
+def test_every_bit_of_seed_and_step_counts():
+    pairs = [(0, 0), (0, 1), (1, 0), (2**32, 0), (2**40, 0), (0, 2**33), (20260101, 7)]
+    assert len({step_seed(*pair) for pair in pairs}) == len(pairs)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -122,6 +126,25 @@ def test_the_step_never_waits_for_the_device():
     # torch's fused AdamW for the CPU reads its own step counter; the one for CUDA does not.
     callers = [event.cpu_parent.name for event in called if event.name in waiting]
     assert set(callers) <= {"aten::_fused_adamw_"}
+
+
+def test_fp16_whose_gradients_always_overflow_is_an_error():
+    stepper = build(precision="fp16")
+    stepper.model.decoder.head.weight.register_hook(lambda gradient: gradient + float("inf"))
+    for step in range(16):  # from 2^16 down to 1
+        run_step(stepper, clips(), step=step)
+    with pytest.raises(NonFiniteError, match="overflow even at a loss scale"):
+        run_step(stepper, clips(), step=16)
+
+
+def test_fp16_leaves_the_parameters_alone_after_a_fault():
+    stepper = build(precision="fp16")
+    with torch.no_grad():
+        stepper.model.sampler.head.bias.fill_(float("-inf"))
+    before = {name: p.clone() for name, p in stepper.model.named_parameters()}
+    with pytest.raises(NonFiniteError, match="step 1"):
+        run_step(stepper, clips())
+    assert all(torch.equal(p, before[name]) for name, p in stepper.model.named_parameters())
 
 
 @pytest.mark.gpu
