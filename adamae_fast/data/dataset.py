@@ -5,7 +5,7 @@ Letters: T frames, S the clip's side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
@@ -18,15 +18,25 @@ from adamae_fast.config import DataConfig
 from adamae_fast.data.clips import apply_view, clip_rng, derived_rng, draw_view, frame_ids
 from adamae_fast.data.decode import VideoError, open_entry, require_decoder
 from adamae_fast.data.manifest import Entry
-from adamae_fast.data.quarantine import BadVideo
-from adamae_fast.errors import RunStoppedError
+from adamae_fast.data.quarantine import BadVideo, DataStoppedError
 
 MAX_ATTEMPTS = 10
 """Videos tried for one clip before the run stops."""
 
+NOTHING = -1
+"""What :attr:`PretrainClips.decoding` says between two videos."""
 
-class NoReadableVideoError(RunStoppedError):
-    """Every video tried for one clip was unreadable."""
+
+class NoReadableVideoError(DataStoppedError):
+    """Every video tried for one clip was unreadable; ``bad`` are those videos."""
+
+    def __init__(self, tried: Sequence[BadVideo]) -> None:
+        super().__init__(tried)
+        self.tried = self.bad = tried
+
+    def __str__(self) -> str:
+        reasons = "".join(f"\n  {video.path}: {video.reason}" for video in self.tried)
+        return f"all {len(self.tried)} videos tried for one clip are unreadable:{reasons}"
 
 
 class ClipSample(NamedTuple):
@@ -34,9 +44,6 @@ class ClipSample(NamedTuple):
 
     video: Tensor
     """uint8 (repeat, 3, T, S, S)."""
-
-    labels: tuple[int | None, ...]
-    """The video's class, once for each crop."""
 
     bad: tuple[BadVideo, ...]
     """Videos that were to be seen here and could not be read."""
@@ -54,13 +61,20 @@ class PretrainClips:
         num_frames: T.
         frame_size: S.
         seed: source of order, start, crop, flip and replacements.
+        known_crashers: path and reason of videos that must not be opened: they count as unreadable. A copy is taken.
 
     Raises:
         ValueError: no entries, or a decoder that is not installed.
     """
 
     def __init__(
-        self, entries: Sequence[Entry], config: DataConfig, num_frames: int, frame_size: int, seed: int
+        self,
+        entries: Sequence[Entry],
+        config: DataConfig,
+        num_frames: int,
+        frame_size: int,
+        seed: int,
+        known_crashers: Mapping[str, str] | None = None,
     ) -> None:
         if not entries:
             raise ValueError("entries=[]: a stream of clips needs at least one video")
@@ -70,6 +84,10 @@ class PretrainClips:
         self.num_frames = num_frames
         self.frame_size = frame_size
         self.seed = seed
+        self.crashers = dict(known_crashers or {})
+        """Grows by what crashes a worker; new workers start with a copy."""
+        self.decoding = torch.tensor(NOTHING)
+        """int64: index of the entry that is being decoded. A worker shares it with its parent, which outlives it."""
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
     def __getitem__(self, position: int) -> ClipSample:
@@ -83,16 +101,16 @@ class PretrainClips:
         bad: dict[int, BadVideo] = {}
         tried = sample
         while True:
-            try:
-                video = self._crops(self.entries[tried], epoch, sample)
-            except VideoError as error:
-                bad[tried] = BadVideo(error.path, error.reason)
+            path = self.entries[tried].path
+            if path in self.crashers:
+                bad[tried] = BadVideo(path, self.crashers[path], crashed=True)
             else:
-                labels = (self.entries[tried].label,) * self.config.repeat
-                return ClipSample(video, labels, tuple(bad.values()))
+                try:
+                    return ClipSample(self._crops(tried, epoch, sample), tuple(bad.values()))
+                except VideoError as error:
+                    bad[tried] = BadVideo(error.path, error.reason)
             if len(bad) == min(MAX_ATTEMPTS, len(self.entries)):
-                reasons = "".join(f"\n  {path}: {reason}" for path, reason in bad.values())
-                raise NoReadableVideoError(f"all {len(bad)} videos tried for one clip are unreadable:{reasons}")
+                raise NoReadableVideoError(tuple(bad.values()))
             rng = derived_rng(self.seed, "replacement", epoch, sample, len(bad))
             while tried in bad:
                 tried = int(rng.integers(len(self.entries)))
@@ -103,12 +121,16 @@ class PretrainClips:
             self._order = epoch, rng.permutation(np.arange(len(self.entries), dtype=np.int64))
         return self._order[1]
 
-    def _crops(self, entry: Entry, epoch: int, sample: int) -> Tensor:
-        """All crops of one range of frames, uint8 (repeat, 3, T, S, S)."""
+    def _crops(self, index: int, epoch: int, sample: int) -> Tensor:
+        """All crops of one range of frames of an entry, uint8 (repeat, 3, T, S, S)."""
         config = self.config
         rngs = [clip_rng(self.seed, epoch, sample, repeat) for repeat in range(config.repeat)]
-        with closing(open_entry(entry, config.decoder)) as video:
-            frames_THWC = video.read(frame_ids(video.num_frames, self.num_frames, config.stride, rngs[0]))
+        self.decoding.fill_(index)
+        try:
+            with closing(open_entry(self.entries[index], config.decoder)) as video:
+                frames_THWC = video.read(frame_ids(video.num_frames, self.num_frames, config.stride, rngs[0]))
+        finally:
+            self.decoding.fill_(NOTHING)
         _, height, width, _ = frames_THWC.shape
         clips = []
         for rng in rngs:

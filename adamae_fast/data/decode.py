@@ -145,6 +145,8 @@ class EncodedVideo:
             raise VideoError(self.path, "no video stream, only a cover picture")
         if self._container.format.name == "tty":
             raise VideoError(self.path, "a text file")
+        if stream.codec_context is None:
+            raise VideoError(self.path, "no decoder for codec of its video stream: FFmpeg does not know it")
         self._stream = cast(Any, stream)
         self._stream.thread_count = 1  # the data workers are the parallelism
 
@@ -172,6 +174,8 @@ class EncodedVideo:
         if self._container.format.name == "avi" and codec.has_b_frames:
             self._pts = None  # AVI stores no presentation times: these are guesses that do not fit the order
         self.num_frames = len(self._pts) if self._pts else self._count_frames()
+        if not self.num_frames:
+            raise VideoError(self.path, "its frames do not decode a second time")
         self._decord_trap = find_decord_trap(packets, self._pts, self._container.format.name, self._turns)
 
     def _read_decord(self, wanted: list[int]) -> Frames:
@@ -193,7 +197,7 @@ class EncodedVideo:
         return (width, height) if self._turns % 2 else (height, width)
 
     def _read_pyav(self, wanted: list[int]) -> Frames:
-        if self._pts is not None:
+        if self._pts:
             key = self._key_pts[bisect_right(self._key_pts, self._pts[wanted[0]]) - 1]
             # Where a container seeks badly, once more from its beginning.
             for start in dict.fromkeys((key, self._key_pts[0])):

@@ -1,27 +1,38 @@
 """Batches of clips, decoded ahead of time in worker processes, in an order that does not depend on them.
 
+A damaged video can crash the decoder, and the worker with it. Each worker says in shared memory which video it is
+decoding. So the parent knows the culprit, and starts the workers again at the next batch, without that video.
+
 Letters: B clips, T frames, S the clip's side in pixels.
 """
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from adamae_fast.config import PretrainConfig
-from adamae_fast.data.dataset import ClipSample, NoReadableVideoError, PretrainClips
+from adamae_fast.data.dataset import NOTHING, ClipSample, NoReadableVideoError, PretrainClips
 from adamae_fast.data.manifest import Entry
-from adamae_fast.data.quarantine import BadVideo
-from adamae_fast.errors import RunStoppedError
+from adamae_fast.data.quarantine import BadVideo, DataStoppedError, TooManyBadVideosError
+
+log = logging.getLogger(__name__)
+
+CRASH_SIGNALS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE)
+"""What a decoder's fault ends a process with; SIGKILL, which memory that ran out ends it with, is not among them."""
 
 ORPHAN_SECONDS = 1.0
 """How often a worker looks whether its training process still lives."""
@@ -43,6 +54,7 @@ def clip_batches(
     start_batch: int,
     num_batches: int,
     device: torch.device | str = "cpu",
+    known_crashers: Mapping[str, str] | None = None,
 ) -> Generator[Batch, None, None]:
     """Batches ``start_batch`` to ``num_batches - 1`` of the stream of clips, in this order.
 
@@ -51,45 +63,153 @@ def clip_batches(
     The bytes depend on the seed and i alone, not on data.num_workers. Memory is pinned for a CUDA ``device``. The
     global random generators are left alone. Closing the iterator ends its workers.
 
+    ``known_crashers`` are path and reason of videos that are not opened, because they crashed a decoder before
+    (``Quarantine.crashers``). A video that crashes a worker joins them: the workers start again at the batch that was
+    to come next, and every batch is what it would be had the video been known from the start. With data.num_workers=0
+    such a video ends the process; nothing can catch that.
+
     Raises:
         ValueError: at once, for a decoder that is not installed.
-        RunStoppedError: while iterating, when every video tried for a clip is unreadable, or a worker died.
+        NoReadableVideoError: while iterating, when every video tried for a clip is unreadable.
+        TooManyBadVideosError: while iterating, when more than data.max_bad_share of the videos crashed the decoder.
+        DataStoppedError: while iterating, when a worker died for another reason. It is the base of the two above;
+            ``bad`` of all three are unreadable videos that no batch has told of.
     """
     data = config.data
-    dataset = PretrainClips(entries, data, config.model.num_frames, config.model.frame_size, config.seed)
-    videos_per_batch = config.train.batch_size // data.repeat
-    positions = (range(i * videos_per_batch, (i + 1) * videos_per_batch) for i in range(start_batch, num_batches))
-    loader: DataLoader[Batch] = DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_sampler=positions,  # type: ignore[arg-type]
-        num_workers=data.num_workers,
-        collate_fn=_collate,
-        pin_memory=torch.device(device).type == "cuda",
-        worker_init_fn=_guard_worker,
-        generator=torch.Generator(),  # the loader draws a seed; not from the global generator
+    clips = PretrainClips(
+        entries, data, config.model.num_frames, config.model.frame_size, config.seed, known_crashers=known_crashers
     )
-    return _with_clear_errors(loader)
+    videos_per_batch = config.train.batch_size // data.repeat
+    workers_table = torch.empty(data.num_workers, 2, dtype=torch.int64).share_memory_()
+
+    def load_from(first: int) -> DataLoader[Batch | NoReadableVideoError]:
+        workers_table.fill_(NOTHING)
+        positions = (range(i * videos_per_batch, (i + 1) * videos_per_batch) for i in range(first, num_batches))
+        return DataLoader(
+            _Batches(clips),  # type: ignore[arg-type]
+            batch_size=None,  # the data set makes batches itself
+            sampler=positions,
+            num_workers=data.num_workers,
+            collate_fn=_unchanged,
+            pin_memory=torch.device(device).type == "cuda",
+            worker_init_fn=partial(_init_worker, workers_table),
+            generator=torch.Generator(),  # the loader draws a seed; not from the global generator
+        )
+
+    return _without_crashers(clips, load_from, start_batch, workers_table)
 
 
-def _with_clear_errors(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
+class _Batches:
+    """A data set whose items are batches, or the error that ended one.
+
+    An error that a worker raises would arrive as a text without its ``bad``.
+    """
+
+    def __init__(self, clips: PretrainClips) -> None:
+        self.clips = clips
+
+    def __getitem__(self, positions: range) -> Batch | NoReadableVideoError:
+        samples: list[ClipSample] = []
+        for position in positions:
+            try:
+                samples.append(self.clips[position])
+            except NoReadableVideoError as error:
+                error.bad = (*_all_bad(samples), *error.bad)
+                return error
+        # default_collate stacks into shared memory when it runs in a worker.
+        return Batch(default_collate([sample.video for sample in samples]).flatten(0, 1), _all_bad(samples))
+
+
+def _all_bad(samples: Sequence[ClipSample]) -> list[BadVideo]:
+    return [bad for sample in samples for bad in sample.bad]
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+class _WorkersDiedError(Exception):
+    """The loader lost workers; ``exit_codes`` by process id."""
+
+    def __init__(self, exit_codes: Mapping[int, int]) -> None:
+        super().__init__(exit_codes)
+        self.exit_codes = exit_codes
+
+
+def _without_crashers(
+    clips: PretrainClips,
+    load_from: Callable[[int], DataLoader[Batch | NoReadableVideoError]],
+    next_batch: int,
+    workers_table: Tensor,
+) -> Generator[Batch, None, None]:
+    """Yield batches; when workers crashed on videos, go on without these, with new workers.
+
+    Each restart knows one more crasher, so that data.max_bad_share bounds their number.
+    """
+    found: list[BadVideo] = []
+    while True:
+        try:
+            with closing(_until_death(load_from(next_batch))) as batches:
+                for batch in batches:
+                    if isinstance(batch, NoReadableVideoError):
+                        batch.bad = (*found, *batch.bad)
+                        raise batch
+                    next_batch += 1
+                    yield batch
+            return
+        except _WorkersDiedError as death:
+            crashed = _crashed_videos(death.exit_codes, workers_table, clips.entries)
+            found += crashed
+            if len(crashed) < len(death.exit_codes):
+                causes = ", ".join(map(_cause_of_death, death.exit_codes.values()))
+                error = DataStoppedError(
+                    f"a data worker died ({causes}). The memory probably ran out (of the machine, or of /dev/shm): "
+                    "lower data.num_workers or train.batch_size"
+                )
+                error.bad = found
+                raise error from death
+        # The old workers have ended: with the exception went the last reference to their loader.
+        for video in crashed:
+            log.warning("%s: %s; the data workers start again without it", video.path, video.reason)
+            clips.crashers[video.path] = video.reason
+        if len(clips.crashers) > clips.config.max_bad_share * len(clips.entries):
+            too_many = TooManyBadVideosError(
+                f"{len(clips.crashers)} of {len(clips.entries)} videos crashed the decoder, more than "
+                f"data.max_bad_share={clips.config.max_bad_share:g} allows; the last one is {crashed[-1].path}. Take "
+                "them out of the manifest, try another data.decoder, or raise data.max_bad_share"
+            )
+            too_many.bad = found
+            raise too_many
+
+
+def _crashed_videos(exit_codes: Mapping[int, int], workers_table: Tensor, entries: Sequence[Entry]) -> list[BadVideo]:
+    """What the workers that a decoder's fault ended were decoding; nothing for other deaths."""
+    decoding = dict(workers_table.tolist())
+    return [
+        BadVideo(entries[index].path, f"crashed the decoder ({_cause_of_death(exit_code)})", crashed=True)
+        for pid, exit_code in exit_codes.items()
+        if -exit_code in CRASH_SIGNALS and (index := decoding.get(pid, NOTHING)) != NOTHING
+    ]
+
+
+def _until_death(
+    loader: DataLoader[Batch | NoReadableVideoError],
+) -> Generator[Batch | NoReadableVideoError, None, None]:
+    """What the loader yields. Raises _WorkersDiedError when workers died."""
     iterator, workers = _start(loader)
     try:
         yield from iterator
-    except NoReadableVideoError as error:
-        # From a worker the text comes wrapped in its traceback.
-        raise NoReadableVideoError(str(error).rpartition(f"{NoReadableVideoError.__name__}: ")[2].strip()) from None
     # PyTorch's word for a lost worker, and what breaks when one dies while its batch is being handed over.
     except (RuntimeError, OSError, EOFError) as error:
-        deaths = [death for worker in workers if (death := _cause_of_death(worker))]
-        if not deaths:
+        exit_codes = _exit_codes(workers)
+        if not exit_codes:
             raise
-        raise RunStoppedError(
-            f"a data worker died ({', '.join(deaths)}). The memory probably ran out (of the machine, or of /dev/shm): "
-            "lower data.num_workers or train.batch_size; a decoder's crash is possible too: try data.decoder=pyav"
-        ) from error
+        raise _WorkersDiedError(exit_codes) from error
 
 
-def _start(loader: DataLoader[Batch]) -> tuple[Iterator[Batch], list[BaseProcess]]:
+def _start(
+    loader: DataLoader[Batch | NoReadableVideoError],
+) -> tuple[Iterator[Batch | NoReadableVideoError], list[BaseProcess]]:
     """Fork the workers.
 
     The signals that they ignore once :func:`_guard_worker` has run are held back until then. PyTorch's handler of
@@ -108,20 +228,29 @@ def _start(loader: DataLoader[Batch]) -> tuple[Iterator[Batch], list[BaseProcess
     return iterator, [child for child in multiprocessing.active_children() if child not in others]
 
 
-def _cause_of_death(worker: BaseProcess) -> str | None:
-    worker.join(timeout=1.0)
-    if worker.exitcode is None:
-        return None
-    return signal.Signals(-worker.exitcode).name if worker.exitcode < 0 else f"exit status {worker.exitcode}"
+def _exit_codes(workers: Sequence[BaseProcess]) -> dict[int, int]:
+    """Exit codes of the workers that have died, or do so within a second."""
+    ended = wait([worker.sentinel for worker in workers], timeout=1.0)
+    codes: dict[int, int] = {}
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join()  # the sentinel may be a moment ahead
+            if worker.pid is not None and worker.exitcode is not None:
+                codes[worker.pid] = worker.exitcode
+    return codes
 
 
-def _collate(samples: list[ClipSample]) -> Batch:
-    # default_collate stacks into shared memory when it runs in a worker.
-    video = default_collate([sample.video for sample in samples]).flatten(0, 1)
-    return Batch(video, [bad for sample in samples for bad in sample.bad])
+def _cause_of_death(exit_code: int) -> str:
+    return signal.Signals(-exit_code).name if exit_code < 0 else f"exit status {exit_code}"
 
 
-def _guard_worker(worker_id: int) -> None:
+def _init_worker(workers_table: Tensor, worker_id: int) -> None:
+    _guard_worker()
+    workers_table[worker_id, 0] = os.getpid()
+    cast(Any, get_worker_info()).dataset.clips.decoding = workers_table[worker_id, 1]
+
+
+def _guard_worker() -> None:
     """Let a worker outlive signals meant for the training process, and die with it.
 
     Ctrl-C, a batch system or a container send SIGINT or SIGTERM to every process. The training process then saves,

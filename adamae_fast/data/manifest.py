@@ -18,6 +18,9 @@ from __future__ import annotations
 import csv
 import os
 import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,7 +68,7 @@ or, in place of a manifest, a folder that is searched for videos"""
 Columns = Literal["start_index total_frames", "total_frames label"]
 _BOTH: tuple[Columns, ...] = ("start_index total_frames", "total_frames label")
 _DIRECTIVE = re.compile(r"#\s*columns:\s*folder\s+(\w+\s+\w+)\s*$")
-_INTEGER = re.compile(r"[+-]?\d+")
+_INTEGER = re.compile(r"[+-]?\d{1,18}")  # longer ones count nothing, and Python refuses to convert thousands of digits
 _HEADER_WORD = re.compile(
     r"(video|file|youtube)?_?(path|name|id|file|video|label|class)s?|folder|start_index|\w+_frames"
 )
@@ -124,17 +127,17 @@ def read_manifest(path: str, root: str | None = None) -> list[Entry]:
     they are quarantined when they are drawn — unless the first 20 are all missing, which means a wrong root.
 
     Raises:
-        ManifestError: nothing at ``path``, no videos in it, or a line that fits no format, or fits two.
+        ManifestError: nothing at ``path``, no permission to read it or a folder in it, no videos in it, no text in
+            UTF-8, or a line that fits no format, or fits two.
     """
-    source = Path(path).expanduser()
-    if not path or not source.exists():
-        raise ManifestError(f"data.manifest={path!r}: no such file or folder\n{ACCEPTED_FORMATS}")
-    if source.is_dir():
-        if root is not None:
-            raise ManifestError(f"data.root={root!r}: has no effect on a folder of videos ({path}); leave it null")
-        return _search_folder(source)
-    base = source.parent if root is None else Path(root).expanduser()
-    entries = _read_lines(source, base)
+    source = Path(os.path.expanduser(path))
+    base = source.parent if root is None else Path(os.path.expanduser(root))
+    with _clear_os_errors(path):
+        if _is_folder(path):
+            if root is not None:
+                raise ManifestError(f"data.root={root!r}: has no effect on a folder of videos ({path}); leave it null")
+            return _search_folder(source)
+        entries = _read_lines(source, base)
     probed = entries[:NUM_PROBED_FILES]
     if not any(os.path.exists(entry.path) for entry in probed):
         raise ManifestError(
@@ -162,10 +165,33 @@ def numbered_images(folder: str) -> dict[int, str]:
     return dict(sorted(images.items()))
 
 
+def _is_folder(path: str) -> bool:
+    try:
+        if path:
+            return stat.S_ISDIR(os.stat(os.path.expanduser(path)).st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
+        pass
+    raise ManifestError(f"data.manifest={path!r}: no such file or folder\n{ACCEPTED_FORMATS}")
+
+
+@contextmanager
+def _clear_os_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ManifestError(
+            f"data.manifest={path!r}: {error.filename} cannot be read: {(error.strerror or str(error)).lower()}; "
+            "change its permissions, or name another manifest"
+        ) from error
+
+
 def _search_folder(folder: Path) -> list[Entry]:
+    def stop(error: OSError) -> None:
+        raise error  # os.walk would skip a folder that it cannot list
+
     found: list[str] = []
     visited: set[str] = set()
-    for parent, children, names in os.walk(folder, followlinks=True):
+    for parent, children, names in os.walk(folder, onerror=stop, followlinks=True):
         real = os.path.realpath(parent)
         if real in visited:  # a link that leads back
             children.clear()
@@ -200,7 +226,10 @@ def _read_lines(source: Path, base: Path) -> list[Entry]:
                 raise _error(source, number, raw, "columns must be 'folder " + "' or 'folder ".join(_BOTH) + "'")
         if not line or line.startswith("#"):
             continue
-        columns = _split(line)
+        try:
+            columns = _split(line)
+        except csv.Error as error:
+            raise _error(source, number, raw, str(error)) from error
         if columns is None:
             raise _error(source, number, raw, _explain(line))
         name, numbers = columns
@@ -223,7 +252,7 @@ def _read_lines(source: Path, base: Path) -> list[Entry]:
 
 
 def _split(line: str) -> tuple[str, tuple[int, ...]] | None:
-    """Path and the one or two whole numbers behind it; None if no separator gives that."""
+    """Path and the one or two whole numbers behind it; None if no separator gives that. Raises csv.Error."""
     candidates = [line.split()]
     if "\t" in line:
         candidates.append([field.strip() for field in line.split("\t") if field.strip()])

@@ -41,7 +41,7 @@ def presentation_times(packets: list[Packet], first_pts: int | None) -> tuple[li
     first_key = next((place for place, packet in enumerate(packets) if packet.is_key), 0)
     usable = packets[first_key:]
     pts = [packet.pts for packet in usable if packet.pts is not None]
-    if first_pts is None or len(pts) < len(usable):
+    if first_pts is None or not pts or len(pts) < len(usable):
         return None, []
     begin = max(first_pts, pts[0])
     times = {t for t, packet in zip(pts, usable, strict=True) if not packet.is_discard and t >= begin}
@@ -78,7 +78,7 @@ def restarts_h264(packet: bytes, extradata: bytes | None) -> bool:
     With periodic intra refresh it does not: the picture is complete only some frames later. ``extradata`` begins with
     1 where the parts of a packet have their length in front (mp4, Matroska); elsewhere they have start codes.
     """
-    if extradata and extradata[0] == 1:
+    if extradata and extradata[0] == 1 and len(extradata) > 4:
         prefix = (extradata[4] & 3) + 1
         place = 0
         while place + prefix < len(packet):

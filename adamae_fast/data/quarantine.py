@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -18,17 +18,28 @@ class BadVideo(NamedTuple):
     """As in the manifest, with the root in front."""
 
     reason: str
-    """What the decoders said."""
+    """What the decoders said, or the signal that ended them."""
+
+    crashed: bool = False
+    """Decoding it ends the process, so that it must not be opened again."""
 
 
-class TooManyBadVideosError(RunStoppedError):
+class DataStoppedError(RunStoppedError):
+    """A run that had to stop for its data."""
+
+    bad: Sequence[BadVideo] = ()
+    """Videos found unreadable that no batch has told of; they belong in quarantine before the run ends."""
+
+
+class TooManyBadVideosError(DataStoppedError):
     """More than the allowed share of the videos is unreadable."""
 
 
 class Quarantine:
     """The file ``quarantine.jsonl``: one line {path, reason, time} for each video that turned out unreadable.
 
-    A resumed run goes on with the file of the run before. A last line that a killed process left unfinished is removed.
+    The line of a video that crashed its decoder says ``"crashed": true`` as well. Other keys are left alone. A resumed
+    run goes on with the file of the run before. A last line that a killed process left unfinished is removed.
 
     Args:
         path: the file; it appears with the first bad video.
@@ -43,12 +54,17 @@ class Quarantine:
         self._path = Path(path)
         self._num_videos = num_videos
         self._max_share = max_share
-        self._paths = self._load()
+        self._videos = self._load()
 
     @property
     def count(self) -> int:
         """Different videos in quarantine."""
-        return len(self._paths)
+        return len(self._videos)
+
+    @property
+    def crashers(self) -> dict[str, str]:
+        """Path and reason of those that crashed their decoder, for ``known_crashers`` of clip_batches."""
+        return {video.path: video.reason for video in self._videos.values() if video.crashed}
 
     def add(self, videos: Iterable[BadVideo]) -> None:
         """Write down those that are new. Raises TooManyBadVideosError if all together are more than the allowed share.
@@ -56,13 +72,14 @@ class Quarantine:
         Nothing happens for an empty list: a run may begin above its limit, but does not survive another bad video.
         """
         seen = list(videos)
-        new = {video.path: video.reason for video in seen if video.path not in self._paths}
+        new: dict[str, BadVideo] = {}
+        for video in seen:
+            if video.path not in self._videos:
+                new.setdefault(video.path, video)
         if new:
-            time = datetime.now(UTC).isoformat(timespec="seconds")
-            lines = [json.dumps({"path": path, "reason": reason, "time": time}) + "\n" for path, reason in new.items()]
             with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
-            self._paths.update(new)
+                file.write("".join(map(_to_line, new.values())))
+            self._videos.update(new)
         if seen and self.count > self._max_share * self._num_videos:
             raise TooManyBadVideosError(
                 f"{self.count} of {self._num_videos} videos ({self.count / self._num_videos:.1%}) are unreadable, more "
@@ -70,18 +87,28 @@ class Quarantine:
                 "them or take them out of the manifest (and remove that file), or raise data.max_bad_share"
             )
 
-    def _load(self) -> set[str]:
+    def _load(self) -> dict[str, BadVideo]:
         if not self._path.exists():
-            return set()
+            return {}
         content = self._path.read_bytes()
         complete = content[: content.rfind(b"\n") + 1]
         if len(complete) < len(content):
             with self._path.open("r+b") as file:
                 file.truncate(len(complete))
-        paths = set()
+        videos = {}
         for number, line in enumerate(complete.splitlines(), start=1):
             try:
-                paths.add(str(json.loads(line)["path"]))
+                record = json.loads(line)
+                video = BadVideo(str(record["path"]), str(record.get("reason", "")), record.get("crashed") is True)
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{self._path}, line {number}: not a quarantined video; remove the line") from error
-        return paths
+            videos[video.path] = video
+        return videos
+
+
+def _to_line(video: BadVideo) -> str:
+    record: dict[str, object] = {"path": video.path, "reason": video.reason}
+    record["time"] = datetime.now(UTC).isoformat(timespec="seconds")
+    if video.crashed:
+        record["crashed"] = True
+    return json.dumps(record) + "\n"

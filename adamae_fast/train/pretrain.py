@@ -14,12 +14,10 @@ from rich.console import Console
 from adamae_fast.config import PretrainConfig, save_config
 from adamae_fast.data.loader import clip_batches
 from adamae_fast.data.manifest import Entry, read_manifest
-from adamae_fast.data.quarantine import Quarantine
+from adamae_fast.data.quarantine import DataStoppedError, Quarantine
 from adamae_fast.device import peak_memory_bytes, pick_device
-from adamae_fast.errors import RunStoppedError
 from adamae_fast.run_folder import RunFolder
 from adamae_fast.train import checkpoint
-from adamae_fast.train.finite import NonFiniteError
 from adamae_fast.train.metrics import IntervalClock, MetricsLog, ProgressLine
 from adamae_fast.train.schedule import Schedule
 from adamae_fast.train.step import Stepper
@@ -67,7 +65,8 @@ def _train(
     """Take steps until the run ends or ``stop`` holds a signal's name; return how many are done in all."""
     accumulate = config.train.accumulate
     quarantine = Quarantine(run.quarantine, len(entries), config.data.max_bad_share)
-    batches = clip_batches(config, entries, first_step * accumulate, schedule.total_steps * accumulate, stepper.device)
+    first_batch, num_batches = first_step * accumulate, schedule.total_steps * accumulate
+    batches = clip_batches(config, entries, first_batch, num_batches, stepper.device, quarantine.crashers)
     clock = IntervalClock()
     step = saved = logged = first_step
     with (
@@ -103,11 +102,10 @@ def _train(
                 if ends or step % config.checkpoint.every == 0:
                     _save(run, config, stepper, step, len(entries))
                     saved = step
-        except NonFiniteError:
-            raise
-        except RunStoppedError:
+        except DataStoppedError as error:
             if step > saved:
                 _save(run, config, stepper, step, len(entries))
+            quarantine.add(error.bad)
             raise
     return step
 

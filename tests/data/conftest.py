@@ -80,6 +80,18 @@ def write_video() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def write_unknown_codec() -> Callable[[Path], Path]:
+    """Writes an MP4 file whose codec FFmpeg does not know."""
+
+    def write(path: Path) -> Path:
+        content = _write_video(path, 5).read_bytes()
+        path.write_bytes(content.replace(b"avc1", b"zzzz"))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def write_images() -> Callable[..., Path]:
     """Writes a folder of numbered images."""
     return _write_images

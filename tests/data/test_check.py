@@ -12,14 +12,20 @@ from adamae_fast.data.manifest import ManifestError
 
 
 @pytest.fixture
-def manifest(tmp_path: Path, write_video: Callable[..., Path], write_images: Callable[..., Path]) -> Path:
-    """Two videos, a folder of images, a file that is no video, a missing one; the first video twice."""
+def manifest(
+    tmp_path: Path,
+    write_video: Callable[..., Path],
+    write_images: Callable[..., Path],
+    write_unknown_codec: Callable[[Path], Path],
+) -> Path:
+    """Two videos, images, a file that is no video, a missing one, an unknown codec; the first video twice."""
     write_video(tmp_path / "a.mp4", 30)
     write_video(tmp_path / "b.ts", 5, height=32)
     write_images(tmp_path / "images", range(1, 5))
     (tmp_path / "text.mp4").write_text("no video")
     path = tmp_path / "train.csv"
-    path.write_text("a.mp4 1\nb.ts 0\nimages 1 4\ntext.mp4 0\nmissing 3\na.mp4 1\n")
+    path.write_text("a.mp4 1\nb.ts 0\nimages 1 4\ntext.mp4 0\nmissing 3\na.mp4 1\nunknown.mp4 2\n")
+    write_unknown_codec(tmp_path / "unknown.mp4")
     return path
 
 
@@ -28,11 +34,11 @@ def test_json(manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = json.loads(capsys.readouterr().out)
     assert {key: printed[key] for key in ("manifest", "videos", "readable", "unreadable")} == {
         "manifest": str(manifest),
-        "videos": 5,
+        "videos": 6,
         "readable": 3,
-        "unreadable": 2,
+        "unreadable": 3,
     }
-    a, b, images, text, missing = printed["rows"]
+    a, b, images, text, missing, unknown = printed["rows"]
     assert a == {
         "path": str(manifest.parent / "a.mp4"),
         "codec": "h264",
@@ -48,6 +54,7 @@ def test_json(manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (images["codec"], images["frames"], images["fps"], images["decoder"]) == ("png", 4, None, "pillow")
     assert text["problem"].startswith("no video, cut short or damaged")
     assert (missing["path"], missing["problem"]) == (str(manifest.parent / "missing.mp4"), "no such file or directory")
+    assert unknown["problem"].startswith("no decoder for codec")
     assert {missing[key] for key in ("codec", "width", "frames", "decoder")} == {None}
 
 
@@ -60,9 +67,11 @@ def test_table(manifest: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert cells["a.mp4"] == ["h264", "64×48", "30", "25.00", "1.20 s", decoder]
     assert cells["images"] == ["png", "64×48", "4", "", "", "pillow"]
     assert cells["missing.mp4"] == ["", "", "", "", "", "unreadable"]
-    assert len(cells) == 5
-    assert lines[-2:] == ["unreadable: missing.mp4: no such file or directory", "5 videos, 2 unreadable"]
-    assert lines[-3].startswith("unreadable: text.mp4: no video, cut short or damaged")
+    assert len(cells) == 6
+    assert lines[-4].startswith("unreadable: text.mp4: no video, cut short or damaged")
+    assert lines[-3] == "unreadable: missing.mp4: no such file or directory"
+    assert lines[-2].startswith("unreadable: unknown.mp4: no decoder for codec")
+    assert lines[-1] == "6 videos, 3 unreadable"
 
 
 def test_everything_readable(tmp_path: Path, write_video: Callable[..., Path]) -> None:

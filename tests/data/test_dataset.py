@@ -1,19 +1,22 @@
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from adamae_fast.config import DataConfig
+from adamae_fast.config import DataConfig, DecoderName
 from adamae_fast.data import dataset as dataset_module
 from adamae_fast.data.clips import View, apply_view, center_box
-from adamae_fast.data.dataset import NoReadableVideoError, PretrainClips
-from adamae_fast.data.decode import VideoError, open_video
+from adamae_fast.data.dataset import NOTHING, NoReadableVideoError, PretrainClips
+from adamae_fast.data.decode import VideoError, VideoFile, open_entry, open_video
 from adamae_fast.data.manifest import Entry
+from adamae_fast.data.quarantine import BadVideo
 from adamae_fast.errors import RunStoppedError
 
 NUM_VIDEOS = 5
@@ -27,6 +30,20 @@ def entries(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[...,
     return [Entry(str(write_video(folder / f"{i}.mp4", 12 + 4 * i)), i) for i in range(NUM_VIDEOS)]
 
 
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """Labels of the videos that were opened without an error, in this order."""
+    labels: list[int | None] = []
+
+    def keep(entry: Entry, decoder: DecoderName) -> VideoFile:
+        video = open_entry(entry, decoder)
+        labels.append(entry.label)
+        return video
+
+    monkeypatch.setattr(dataset_module, "open_entry", keep)
+    return labels
+
+
 def _clips(entries: Sequence[Entry], seed: int = 0, num_frames: int = NUM_FRAMES, **config: object) -> PretrainClips:
     return PretrainClips(entries, DataConfig(**config), num_frames, FRAME_SIZE, seed)  # type: ignore[arg-type]
 
@@ -34,19 +51,17 @@ def _clips(entries: Sequence[Entry], seed: int = 0, num_frames: int = NUM_FRAMES
 def test_a_sample(entries: list[Entry]) -> None:
     sample = _clips(entries, repeat=3)[0]
     assert (sample.video.shape, sample.video.dtype) == ((3, 3, NUM_FRAMES, FRAME_SIZE, FRAME_SIZE), torch.uint8)
-    assert len(set(sample.labels)) == 1
-    assert len(sample.labels) == 3
     assert sample.bad == ()
 
 
-def test_every_epoch_shows_every_video_once_in_another_order(entries: list[Entry]) -> None:
-    clips = _clips(entries)
-    epochs = [[clips[epoch * NUM_VIDEOS + i].labels[0] for i in range(NUM_VIDEOS)] for epoch in range(4)]
-    assert all(sorted(labels) == list(range(NUM_VIDEOS)) for labels in epochs)  # type: ignore[type-var]
-    assert len({tuple(labels) for labels in epochs}) > 1
-    assert [_clips(entries, seed=1)[i].labels for i in range(NUM_VIDEOS)] != [
-        clips[i].labels for i in range(NUM_VIDEOS)
-    ]
+def test_every_epoch_shows_every_video_once_in_another_order(entries: list[Entry], shown: list[int]) -> None:
+    for clips in (_clips(entries), _clips(entries, seed=1)):
+        for position in range(4 * NUM_VIDEOS):
+            clips[position]
+    epochs = [shown[i : i + NUM_VIDEOS] for i in range(0, 8 * NUM_VIDEOS, NUM_VIDEOS)]
+    assert all(sorted(labels) == list(range(NUM_VIDEOS)) for labels in epochs)
+    assert len(set(map(tuple, epochs[:4]))) > 1
+    assert epochs[0] != epochs[4]
 
 
 def test_a_position_shows_the_same_whatever_was_shown_before(entries: list[Entry]) -> None:
@@ -54,7 +69,7 @@ def test_a_position_shows_the_same_whatever_was_shown_before(entries: list[Entry
     forwards, backwards = _clips(entries, **config), _clips(entries, **config)
     first = [forwards[p] for p in range(12)]
     second = [backwards[p] for p in reversed(range(12))][::-1]
-    assert all(torch.equal(a.video, b.video) and a.labels == b.labels for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a.video, b.video) for a, b in zip(first, second, strict=True))
 
 
 def test_epochs_and_seeds_differ_in_start_and_crop(entries: list[Entry]) -> None:
@@ -112,30 +127,66 @@ def test_crop_and_flip_reach_the_pixels(entries: list[Entry]) -> None:
     assert torch.equal(_clips(entries[:1], stride=4, crop="center")[3].video[0], plain)
 
 
-def test_a_bad_video_is_replaced_and_reported(entries: list[Entry], tmp_path: Path) -> None:
+def test_a_bad_video_is_replaced_and_reported(
+    entries: list[Entry], tmp_path: Path, write_unknown_codec: Callable[[Path], Path]
+) -> None:
     broken = tmp_path / "broken.mp4"
     broken.write_text("no video")
     missing = str(tmp_path / "missing.mp4")
-    mixed = [Entry(str(broken), 90), *entries, Entry(missing, 91)]
+    unknown = str(write_unknown_codec(tmp_path / "unknown.mp4"))
+    mixed = [Entry(str(broken), 90), *entries, Entry(missing, 91), Entry(unknown, 92)]
     clips = _clips(mixed)
     reported: Counter[str] = Counter()
     for position in range(3 * len(mixed)):
         sample = clips[position]
         assert sample.video.float().mean() > 20  # frames of 30 and 220
-        assert sample.labels[0] in range(NUM_VIDEOS)
         reported.update(Path(bad.path).name for bad in sample.bad)
         assert torch.equal(_clips(mixed)[position].video, sample.video)
-    assert set(reported) == {"broken.mp4", "missing.mp4"}
+    assert set(reported) == {"broken.mp4", "missing.mp4", "unknown.mp4"}
     assert min(reported.values()) >= 3  # at least once an epoch; more where one replaces the other
     reasons = {Path(b.path).name: b.reason for p in range(len(mixed)) for b in clips[p].bad}
     assert reasons["missing.mp4"] == "no such file or directory"
     assert reasons["broken.mp4"].startswith("no video, cut short or damaged")
+    assert reasons["unknown.mp4"].startswith("no decoder for codec")
 
 
-def test_replacements_differ_from_place_to_place(entries: list[Entry], tmp_path: Path) -> None:
+def test_a_known_crasher_is_never_opened(entries: list[Entry], shown: list[int]) -> None:
+    crashers = {entries[1].path: "crashed the decoder (SIGSEGV)"}
+    clips = PretrainClips(entries, DataConfig(), NUM_FRAMES, FRAME_SIZE, 0, crashers)
+    bad = [bad for position in range(3 * NUM_VIDEOS) for bad in clips[position].bad]
+    assert set(shown) == {0, 2, 3, 4}
+    assert set(bad) == {BadVideo(entries[1].path, "crashed the decoder (SIGSEGV)", crashed=True)}
+    assert len(bad) == 3
+    # What is seen in its place is what a video that cannot be read is replaced with.
+    missing = [Entry("missing.mp4", None) if entry == entries[1] else entry for entry in entries]
+    for position in range(NUM_VIDEOS):
+        assert torch.equal(clips[position].video, _clips(missing)[position].video)
+
+
+def test_what_is_being_decoded_is_on_record(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fail_first(entry: Entry, decoder: DecoderName) -> VideoFile:
+        seen.append(entries[int(clips.decoding)] is entry)
+        if len(seen) == 1:
+            raise VideoError(entry.path, "damaged")
+        return open_entry(entry, decoder)
+
+    def check_nothing(*args: Any) -> torch.Tensor:
+        assert int(clips.decoding) == NOTHING
+        return apply_view(*args)
+
+    monkeypatch.setattr(dataset_module, "open_entry", fail_first)
+    monkeypatch.setattr(dataset_module, "apply_view", check_nothing)
+    clips = _clips(entries)
+    assert len(clips[0].bad) == 1
+    assert seen == [True, True]
+
+
+def test_replacements_differ_from_place_to_place(entries: list[Entry], tmp_path: Path, shown: list[int]) -> None:
     mixed = [Entry(str(tmp_path / f"{i}.mp4"), None) for i in range(6)] + entries
-    labels = {clips.labels[0] for p in range(len(mixed)) for clips in [_clips(mixed)[p]] if clips.bad}
-    assert len(labels) > 1
+    clips = _clips(mixed)
+    assert len({shown[-1] for position in range(len(mixed)) if clips[position].bad}) > 1
 
 
 @pytest.mark.parametrize(("num_bad", "tried"), [(1, 1), (3, 3), (30, 10)])
@@ -147,12 +198,19 @@ def test_only_bad_videos_end_the_run(tmp_path: Path, num_bad: int, tried: int) -
     assert len(set(reasons)) == len(reasons) == tried
     assert all("no such file" in reason for reason in reasons)
     assert isinstance(caught.value, RunStoppedError)
+    assert len(set(caught.value.bad)) == tried
+    assert {bad.path for bad in caught.value.bad} <= {entry.path for entry in bad}
+    copy = pickle.loads(pickle.dumps(caught.value))  # as it comes from a worker
+    assert (copy.bad, str(copy)) == (caught.value.bad, str(caught.value))
 
 
-def test_one_readable_video_is_found_among_nine_bad_ones(entries: list[Entry], tmp_path: Path) -> None:
+def test_one_readable_video_is_found_among_nine_bad_ones(
+    entries: list[Entry], tmp_path: Path, shown: list[int]
+) -> None:
     mixed = [Entry(str(tmp_path / f"{i}.mp4"), None) for i in range(9)] + entries[:1]
     for position in range(10):
-        assert _clips(mixed)[position].labels == (0,)
+        _clips(mixed)[position]
+    assert shown == [0] * 10
 
 
 def test_only_video_errors_are_caught(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +244,6 @@ def test_folders_of_images(tmp_path: Path, write_images: Callable[..., Path]) ->
     folder = str(write_images(tmp_path / "x", range(1, 9)))
     sample = _clips([Entry(folder, 3, start=1, num_frames=8, kind="frames")], stride=1)[0]
     assert sample.video.shape == (1, 3, NUM_FRAMES, FRAME_SIZE, FRAME_SIZE)
-    assert sample.labels == (3,)
 
 
 def test_no_entries_and_no_decord(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import wave
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +19,7 @@ from adamae_fast.config import DecoderName
 from adamae_fast.data import decode
 from adamae_fast.data.decode import EncodedVideo, VideoError, decord_is_installed, open_entry, open_video
 from adamae_fast.data.manifest import Entry
+from adamae_fast.data.packets import presentation_times, restarts_h264
 
 WriteVideo = Callable[..., Path]
 Numbers = Callable[[Any], list[int]]
@@ -246,6 +248,52 @@ def test_broken_files(tmp_path: Path, name: str, decoder: DecoderName, capfd: py
     assert caught.value.path == str(tmp_path / name)
     assert "\n" not in caught.value.reason
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_unknown_codec(tmp_path: Path, write_unknown_codec: Callable[[Path], Path], decoder: DecoderName) -> None:
+    path = str(write_unknown_codec(tmp_path / "a.mp4"))
+    with pytest.raises(VideoError, match=r"a\.mp4: no decoder for codec"):
+        open_video(path, decoder)
+
+
+def _damaged(content: bytes, rng: np.random.Generator) -> bytes:
+    """Other bytes anywhere or in the header, a part missing, or the end missing."""
+    damaged = bytearray(content)
+    kind = rng.integers(4)
+    if kind < 2:
+        header = max(0, content.find(b"moov"))  # at the end of an MP4 file; Matroska begins with its header
+        places = rng.integers(header, header + 700, size=4) if kind else rng.integers(len(content), size=8)
+        for place in places:
+            damaged[place % len(content)] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.integers(256)))
+    else:
+        place = rng.integers(1, len(content))
+        del damaged[place : place + 20 if kind == 2 else None]
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_damaged_files_raise_nothing_else(tmp_path: Path, write_video: WriteVideo, name: str) -> None:
+    rng = np.random.default_rng(0)
+    content = write_video(tmp_path / name, 6, height=32, width=32).read_bytes()
+    outcomes = Counter[bool]()
+    for _ in range(150):
+        (tmp_path / name).write_bytes(_damaged(content, rng))
+        try:
+            with closing(open_video(str(tmp_path / name))) as video:
+                ids = [0, video.num_frames // 2, video.num_frames - 1]
+                assert len(video.read(ids)) == 3
+        except VideoError:
+            outcomes[False] += 1
+        else:
+            outcomes[True] += 1
+    assert min(outcomes.values()) >= 20
+
+
+def test_header_too_short_to_tell_how_slices_are_stored() -> None:
+    for extradata in (b"\x01", b"\x01\x42\xc0\x1e", b"", None):
+        assert not restarts_h264(b"\x00\x00\x00\x02\x65\x88", extradata)
+    assert presentation_times([], 0) == (None, [])
 
 
 def test_not_a_file() -> None:

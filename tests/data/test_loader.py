@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import faulthandler
+import itertools
 import multiprocessing
 import os
 import signal
@@ -15,11 +17,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import dataloader
 
-from adamae_fast.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from adamae_fast.config import DataConfig, DecoderName, ModelConfig, PretrainConfig, TrainConfig
+from adamae_fast.data import dataset as dataset_module
 from adamae_fast.data.dataset import NoReadableVideoError, PretrainClips
-from adamae_fast.data.loader import Batch, clip_batches
+from adamae_fast.data.decode import VideoError, VideoFile, open_entry
+from adamae_fast.data.loader import CRASH_SIGNALS, Batch, clip_batches
 from adamae_fast.data.manifest import Entry
+from adamae_fast.data.quarantine import BadVideo, DataStoppedError, TooManyBadVideosError
 from adamae_fast.errors import RunStoppedError
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +38,29 @@ def entries(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[...,
     paths = [write_video(folder / f"{i}.mp4", 16 + i) for i in range(7)]
     paths[2].write_text("no video")
     return [Entry(str(path), i) for i, path in enumerate(paths)]
+
+
+@pytest.fixture
+def quick_to_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch looks for dead workers only when nothing came for 5 seconds."""
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.3,))
+
+
+@pytest.fixture
+def crash(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, signal.Signals]], None]:
+    """Lets the decoder kill its process when it opens certain paths."""
+
+    def install(signals: dict[str, signal.Signals]) -> None:
+        def open_or_die(entry: Entry, decoder: DecoderName) -> VideoFile:
+            if entry.path in signals:
+                assert multiprocessing.parent_process() is not None
+                faulthandler.disable()  # pytest's; it would print a traceback
+                os.kill(os.getpid(), signals[entry.path])
+            return open_entry(entry, decoder)
+
+        monkeypatch.setattr(dataset_module, "open_entry", open_or_die)
+
+    return install
 
 
 def _config(batch_size: int = 4, num_workers: int = 0, repeat: int = 2, **data: object) -> PretrainConfig:
@@ -113,9 +142,95 @@ def test_only_bad_videos(tmp_path: Path, num_workers: int) -> None:
     bad = [Entry(str(tmp_path / f"{i}.mp4"), None) for i in range(3)]
     with pytest.raises(NoReadableVideoError) as caught:
         next(clip_batches(_config(num_workers=num_workers), bad, 0, 2))
+    assert sorted(caught.value.bad) == [BadVideo(entry.path, "no such file or directory") for entry in bad]
     first, *reasons = str(caught.value).splitlines()
     assert first == "all 3 videos tried for one clip are unreadable:"
     assert sorted(reasons) == [f"  {entry.path}: no such file or directory" for entry in bad]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_videos_of_a_batch_that_never_comes(
+    entries: list[Entry], monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    """The first clip's video is replaced by the only readable one, which cannot be read for the second clip."""
+    opened = []
+
+    def open_once(entry: Entry, decoder: DecoderName) -> VideoFile:
+        if entry is good and opened:
+            raise VideoError(entry.path, "gone")
+        video = open_entry(entry, decoder)
+        opened.append(entry)
+        return video
+
+    monkeypatch.setattr(dataset_module, "open_entry", open_once)
+    good, missing, config = entries[0], Entry("missing.mp4", None), _config(num_workers=num_workers)
+    pair = next(p for p in ([good, missing], [missing, good]) if _opened(config, p, 0) == missing.path)
+    with pytest.raises(NoReadableVideoError, match="all 2 videos") as caught:
+        list(clip_batches(config, pair, 0, 1))
+    assert [bad.path for bad in caught.value.bad] == ["missing.mp4", good.path, "missing.mp4"]
+
+
+def test_videos_that_crash_a_worker_are_bad_videos(
+    entries: list[Entry],
+    crash: Callable[[dict[str, signal.Signals]], None],
+    quick_to_notice: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    signals = dict(zip((entry.path for entry in entries[3:]), CRASH_SIGNALS, strict=True))
+    crash(signals)
+    others = set(multiprocessing.active_children())
+    with closing(clip_batches(_config(num_workers=2, max_bad_share=1.0), entries, 1, 8)) as batches:
+        recovered = list(itertools.islice(batches, 6))
+        assert len(set(multiprocessing.active_children()) - others) == 2  # none is left of those before
+        recovered += batches
+    found = {bad for batch in recovered for bad in batch.bad if bad.crashed}
+    assert found == {
+        BadVideo(path, f"crashed the decoder ({number.name})", crashed=True) for path, number in signals.items()
+    }
+    assert {path for path in signals if path in caplog.text} == set(signals)
+    # Without workers, an attempt to open one of them would be the end of this test.
+    known = {bad.path: bad.reason for bad in found}
+    _assert_same(recovered, list(clip_batches(_config(), entries, 1, 8, known_crashers=known)))
+    assert known == {bad.path: bad.reason for bad in found}
+
+
+def test_too_many_crashes(
+    entries: list[Entry], crash: Callable[[dict[str, signal.Signals]], None], quick_to_notice: None
+) -> None:
+    crash(dict.fromkeys((entry.path for entry in entries), signal.SIGSEGV))
+    known = {entries[0].path: "known", entries[1].path: "known"}
+    batches = clip_batches(_config(num_workers=1, max_bad_share=0.43), entries, 0, 8, known_crashers=known)
+    with pytest.raises(TooManyBadVideosError, match=r"4 of 7 videos.*data\.max_bad_share=0\.43") as caught:
+        next(batches)
+    assert len(caught.value.bad) == 2
+    assert {bad.path for bad in caught.value.bad} <= {entry.path for entry in entries[2:]}
+
+
+def test_a_crash_outside_the_decoder_ends_the_run(
+    entries: list[Entry], monkeypatch: pytest.MonkeyPatch, quick_to_notice: None
+) -> None:
+    monkeypatch.setattr(dataset_module, "apply_view", lambda *_: os.kill(os.getpid(), signal.SIGSEGV))
+    with pytest.raises(DataStoppedError, match=r"a data worker died \(SIGSEGV\)") as caught:
+        next(clip_batches(_config(num_workers=1), entries, 0, 8))
+    assert not caught.value.bad
+
+
+def test_killed_while_decoding_is_no_crash(
+    entries: list[Entry], crash: Callable[[dict[str, signal.Signals]], None], quick_to_notice: None
+) -> None:
+    """Memory that ran out is no fault of the video; a crash before it is not forgotten."""
+    config = _config(batch_size=2, num_workers=1, max_bad_share=1.0)
+    order = [_opened(config, entries, position) for position in range(2)]
+    crash({order[0]: signal.SIGSEGV, order[1]: signal.SIGKILL})
+    with pytest.raises(DataStoppedError, match=r"a data worker died \(SIGKILL\).*memory") as caught:
+        list(clip_batches(config, entries, 0, 8))
+    assert [bad.path for bad in caught.value.bad] == [order[0]]
+
+
+def _opened(config: PretrainConfig, entries: list[Entry], position: int) -> str:
+    """The video that is to be opened first at a position."""
+    order = PretrainClips(entries, config.data, 4, 16, config.seed)._epoch_order(0)
+    return entries[order[position]].path
 
 
 def test_a_missing_decoder_is_reported_at_once(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import errno
 import os
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +97,9 @@ def test_a_wrong_root_is_an_error(tmp_path: Path) -> None:
         ("my clip\n", 1, "not a path"),
         ("a.mp4 1 2 3\n", 1, "not a path"),
         (",3\n", 1, "not a path"),
+        (f"a.mp4 1\nb.mp4 {'7' * 5000}\n", 2, "not a path"),
+        (f"a.mp4 1\nb,{'c' * 200_000}\n", 2, "field larger than field limit"),
+        (f"folder 1 {'7' * 5000}\n", 1, "not a path"),
         ("a.mp4 -2\n", 1, "a label is 0 or more"),
         ("a.mp4 5 -1\n", 1, "'path 0 -1'"),
         ("a.mp4 -1 -1\n", 1, "'path 0 -1'"),
@@ -108,7 +116,7 @@ def test_malformed_lines_are_named(tmp_path: Path, text: str, line_number: int, 
         read_manifest(manifest)
     message = str(caught.value)
     assert f"{manifest}, line {line_number}: " in message
-    assert repr(text.split("\n")[line_number - 1].strip()) in message
+    assert repr(text.split("\n")[line_number - 1].strip()[:200]) in message
     assert says in message
     assert "folder start_index total_frames" in message.partition("\n")[2]
 
@@ -122,17 +130,39 @@ def test_empty_manifest(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_video_in_place_of_a_manifest(tmp_path: Path) -> None:
-    for content in (b"\x00\x00\x00\x20ftypisom", b"\xff\xd8\xff\xe0"):
+    for content in (b"\x00\x00\x00\x20ftypisom", b"\xff\xd8\xff\xe0", "größe.mp4 3\n".encode("latin-1")):
         path = tmp_path / "clip.mp4"
         path.write_bytes(content)
         with pytest.raises(ManifestError, match=r"clip\.mp4: not a text file"):
             read_manifest(str(path))
 
 
-@pytest.mark.parametrize("path", ["", "nowhere.txt"])
+@pytest.mark.parametrize("path", ["", "nowhere.txt", "~nobody-of-this-name/a.txt", "a\0b"])
 def test_no_manifest(path: str) -> None:
     with pytest.raises(ManifestError, match="no such file or folder"):
         read_manifest(path)
+
+
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patched, because root may read everything."""
+
+    def refuse(denied: Path, original: Callable[..., Any], path: Any = ".", *args: Any, **kwargs: Any) -> Any:
+        if os.fspath(path) == str(denied):
+            raise PermissionError(errno.EACCES, "Permission denied", str(denied))
+        return original(path, *args, **kwargs)
+
+    file = Path(_manifest(tmp_path, "a.mp4 1\n", "a.mp4", "private/b.mp4"))
+    for name, denied, manifest in (
+        ("io.open", file, file),  # what Path.read_text calls
+        ("os.stat", file, file),
+        ("os.scandir", tmp_path / "private", tmp_path),  # what os.walk calls
+        ("os.scandir", tmp_path, tmp_path),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, partial(refuse, denied, getattr(sys.modules[name[:2]], name[3:])))
+            with pytest.raises(ManifestError, match=f"{denied} cannot be read: permission denied; change"):
+                read_manifest(str(manifest))
+    assert len(read_manifest(str(tmp_path))) == 2
 
 
 def test_folder_is_searched(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from adamae_fast.errors import RunStoppedError
 A, B, C = (BadVideo(f"/d/{name}.mp4", f"{name} is broken") for name in "abc")
 
 
-def _lines(path: Path) -> list[dict[str, str]]:
+def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -25,7 +26,8 @@ def test_each_video_is_written_once(tmp_path: Path) -> None:
     quarantine.add((B, A._replace(reason="another reason")))
     assert quarantine.count == 2
     lines = _lines(path)
-    assert [(line["path"], line["reason"]) for line in lines] == [tuple(A), tuple(B)]
+    assert [(line["path"], line["reason"]) for line in lines] == [A[:2], B[:2]]
+    assert {tuple(line) for line in lines} == {("path", "reason", "time")}
     assert all(datetime.fromisoformat(line["time"]).tzinfo for line in lines)
 
 
@@ -60,6 +62,25 @@ def test_a_foreign_line_is_an_error(tmp_path: Path, line: str) -> None:
         Quarantine(path, 100, 0.05)
 
 
+def test_crashers_are_marked(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(path, 100, 0.05)
+    quarantine.add([A, B._replace(crashed=True)])
+    assert [line.get("crashed") for line in _lines(path)] == [None, True]
+    for one in (quarantine, Quarantine(path, 100, 0.05)):
+        assert one.crashers == {B.path: B.reason}
+        assert one.count == 2
+
+
+def test_other_keys_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    path.write_text('{"note": [1], "path": "a"}\n{"path": "b", "reason": "r", "crashed": true, "x": null}\n')
+    quarantine = Quarantine(path, 100, 0.05)
+    assert (quarantine.count, quarantine.crashers) == (2, {"b": "r"})
+    quarantine.add([BadVideo("a", "again"), C])
+    assert [line["path"] for line in _lines(path)] == ["a", "b", C.path]
+
+
 def test_stops_above_the_share_and_not_at_it(tmp_path: Path) -> None:
     path = tmp_path / "quarantine.jsonl"
     quarantine = Quarantine(path, 40, 0.05)
@@ -70,6 +91,7 @@ def test_stops_above_the_share_and_not_at_it(tmp_path: Path) -> None:
     for part in ("3 of 40 videos (7.5%)", "data.max_bad_share=0.05", str(path)):
         assert part in str(caught.value)
     assert isinstance(caught.value, RunStoppedError)
+    assert caught.value.bad == ()
     assert len(_lines(path)) == 3  # what stopped the run is on record
 
 

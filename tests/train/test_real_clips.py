@@ -18,7 +18,7 @@ from adamae_fast.config import (
     PretrainConfig,
     TrainConfig,
 )
-from adamae_fast.data.quarantine import TooManyBadVideosError
+from adamae_fast.data.quarantine import DataStoppedError, TooManyBadVideosError
 from adamae_fast.run_folder import RunFolder
 from adamae_fast.train.metrics import read_metrics
 from adamae_fast.train.pretrain import pretrain
@@ -85,6 +85,19 @@ def test_too_many_broken_files_stop_the_run(broken_files, tiny_videos, tmp_path)
     manifest.write_text("".join(f"{path} 0\n" for path in (*sorted(broken_files.iterdir()), *tiny_videos)))
     with pytest.raises(TooManyBadVideosError, match=r"of 9 videos .*data\.max_bad_share=0\.05"):
         pretrain(config(tmp_path / "run", manifest, steps=5), Console(quiet=True))
+
+
+def test_a_run_that_its_data_stops_keeps_what_it_did(broken_files, tiny_videos, tmp_path):
+    good, all_bad = tmp_path / "good.txt", tmp_path / "bad.txt"
+    good.write_text("".join(f"{path}\n" for path in tiny_videos))
+    all_bad.write_text("".join(f"{path}\n" for path in sorted(broken_files.iterdir())))
+    run = RunFolder(tmp_path / "run")
+    pretrain(config(run.path, good, steps=2), Console(quiet=True))
+    with pytest.raises(DataStoppedError, match="unreadable"):
+        pretrain(config(run.path, all_bad, steps=5, max_bad_share=1.0), Console(quiet=True))
+    assert run.list_checkpoints()[-1] == run.checkpoint(2)
+    quarantined = {json.loads(line)["path"] for line in run.quarantine.read_text().splitlines()}
+    assert quarantined == set(map(str, broken_files.iterdir()))
 
 
 def test_awkward_real_files_never_end_a_run(shared_clips, tmp_path):
