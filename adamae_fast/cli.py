@@ -5,6 +5,7 @@ Each command is one function that fills a parser and one that runs; heavy import
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import sys
@@ -43,8 +44,9 @@ def _info(parser: ArgumentParser, arguments: Namespace) -> int:
 def _pretrain(parser: ArgumentParser, arguments: Namespace) -> int:
     from adamae_fast.train.pretrain import pretrain
 
-    pretrain(build_config(parser, arguments), Console())
-    return 0
+    summary = pretrain(build_config(parser, arguments), Console())
+    # A job that its scheduler stops has ended well; a chain of commands that a person interrupts should not go on.
+    return 130 if summary["stopped_by"] == "SIGINT" else 0
 
 
 def _synth_arguments(parser: ArgumentParser) -> None:
@@ -136,6 +138,9 @@ def _run(name: str, arguments: list[str]) -> int:
     try:
         command.add_arguments(parser)
         return command.run(parser, parser.parse_args(arguments))
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ArgumentError, ValueError, OSError, RunStoppedError) as error:
         if os.environ.get("ADAMAE_DEBUG"):
             raise
@@ -145,10 +150,13 @@ def _run(name: str, arguments: list[str]) -> int:
 
 
 def _usage(words: list[str]) -> int:
-    wants_help = words[:1] in ([], ["-h"], ["--help"])
+    wants_help = words in ([], ["data"]) or words[-1] in ("-h", "--help")
     console = Console(stderr=not wants_help)
     if not wants_help:
-        console.print(f"adamae-fast: there is no command {' '.join(words[:2])!r}", style="red", markup=False)
+        asked = " ".join(words[: 2 if words[0] == "data" else 1])
+        similar = difflib.get_close_matches(asked, COMMANDS, n=1)
+        hint = f"; did you mean {similar[0]!r}?" if similar else ""
+        console.print(f"adamae-fast: there is no command {asked!r}{hint}", style="red", markup=False)
     console.print("Masked pre-training on video with adaptive masking (AdaMAE).\n")
     console.print("usage: adamae-fast COMMAND [--help]\n", markup=False)
     width = max(map(len, COMMANDS))

@@ -135,7 +135,8 @@ class MaskConfig:
     frames; frame: whole frames."""
 
     ratio: float = 0.95
-    """Share of tokens that are masked. How it is rounded to a count is each strategy's own documented rule."""
+    """Share of tokens that are masked. adaptive, random: int(N · (1 − ratio)) tokens stay visible; tube, frame:
+    int(ratio · places) places of a frame, or int(ratio · frames) frames, are masked."""
 
     def __post_init__(self) -> None:
         _require(0 < self.ratio < 1, "mask.ratio", self.ratio, "choose a share strictly between 0 and 1, such as 0.95")
@@ -354,6 +355,7 @@ class PretrainConfig:
     """What is written while a run goes on."""
 
     def __post_init__(self) -> None:
+        _require(bool(self.output_dir), "output_dir", self.output_dir, "name a folder for the run")
         _require(self.seed >= 0, "seed", self.seed, "choose 0 or more")
         _require(
             self.train.batch_size % self.data.repeat == 0,

@@ -29,6 +29,15 @@ def pick_device(name: str, key: str = "device") -> torch.device:
     return device
 
 
+def describe_device(device: torch.device) -> str:
+    """Return the device in words, and for a CPU why it is not a GPU."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if torch.cuda.is_available():
+        return "cpu"
+    return "cpu (this torch is built without CUDA)" if torch.version.cuda is None else "cpu (torch finds no GPU)"
+
+
 def arithmetic(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """Return the context in which the forward pass runs: autocast for bf16 and fp16, nothing for fp32."""
     if precision == "fp32":

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from adamae_fast.device import describe_device
 from adamae_fast.version import __version__
 
 
@@ -61,7 +62,7 @@ def print_info(*, as_json: bool) -> None:
 
 def _device() -> str:
     if not torch.cuda.is_available():
-        return "cpu"
+        return describe_device(torch.device("cpu"))
     properties = torch.cuda.get_device_properties(0)
     return f"{torch.cuda.device_count()} × {properties.name}, {properties.total_memory / 2**30:.0f} GiB each"
 

@@ -98,13 +98,15 @@ def _check(entry: Entry, decoder: DecoderName) -> CheckedVideo:
 
 def _print_table(rows: Sequence[CheckedVideo], num_unreadable: int) -> None:
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(row.path)) for row in rows])
-    table = Table(title=folder, title_justify="left")
+    if folder == os.path.sep:  # nothing in common: whole paths, which can be copied
+        folder = ""
+    table = Table(title=folder or None, title_justify="left")
     table.add_column("file", overflow="fold")
     for name in ("codec", "size", "frames", "fps", "duration", "decoder"):
         table.add_column(name, justify="left" if name in ("codec", "decoder") else "right")
     for row in rows:
         table.add_row(
-            Text(os.path.relpath(row.path, folder)),
+            Text(_shown(row.path, folder)),
             row.codec or "",
             f"{row.width}×{row.height}" if row.width else "",
             str(row.frames or ""),
@@ -117,5 +119,9 @@ def _print_table(rows: Sequence[CheckedVideo], num_unreadable: int) -> None:
     console.print(table)
     for row in rows:
         if row.problem:
-            console.print(Text(f"unreadable: {os.path.relpath(row.path, folder)}: {row.problem}", style="red"))
-    console.print(f"{len(rows)} videos, {num_unreadable} unreadable", highlight=False)
+            console.print(Text(f"unreadable: {row.path}: {row.problem}", style="red"), soft_wrap=True)
+    console.print(f"{len(rows)} video{'s' * (len(rows) != 1)}, {num_unreadable} unreadable", highlight=False)
+
+
+def _shown(path: str, folder: str) -> str:
+    return os.path.relpath(path, folder) if folder else path

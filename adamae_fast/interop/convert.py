@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from safetensors.torch import save_file
-
 from adamae_fast.config import LossConfig, PretrainConfig, load_config, save_config
 from adamae_fast.interop.huggingface import read_transformers, write_transformers
 from adamae_fast.interop.keys import Checkpoint
 from adamae_fast.interop.published import read_published, write_published
 from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.run_folder import CONFIG_FILE, MODEL_FILE, find_weights
+from adamae_fast.tensor_file import write_tensors_file
 
 LayoutName = Literal["adamae-fast", "adamae", "videomae", "transformers"]
 
@@ -100,7 +99,7 @@ def write_own(folder: Path, checkpoint: Checkpoint) -> None:
     save_config(
         PretrainConfig(model=checkpoint.model, mask=checkpoint.mask, loss=checkpoint.loss), folder / CONFIG_FILE
     )
-    save_file(checkpoint.state, folder / MODEL_FILE)
+    write_tensors_file(checkpoint.state, folder / MODEL_FILE)
 
 
 _WRITERS = {

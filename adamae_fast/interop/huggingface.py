@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from adamae_fast.config import LossConfig, ModelConfig
 from adamae_fast.grid import NUM_CHANNELS
@@ -26,6 +26,7 @@ from adamae_fast.interop.keys import (
 )
 from adamae_fast.model.block import MLP_RATIO
 from adamae_fast.model.sizes import SIZES
+from adamae_fast.tensor_file import write_tensors_file
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -142,4 +143,5 @@ def write_transformers(folder: Path, checkpoint: Checkpoint) -> None:
     config = transformers_config(checkpoint.model, checkpoint.loss)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     # transformers 4 refuses weights whose metadata does not name the framework.
-    save_file(write_tensors(checkpoint.state, transformers_names), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    tensors = write_tensors(checkpoint.state, transformers_names)
+    write_tensors_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -192,9 +192,11 @@ class AdaMAE(nn.Module):
         return self.strategy(self.grid, self.mask_config.ratio, noise_BN, logits_BN)
 
     def _check_video(self, video: Tensor) -> None:
-        if video.dtype != torch.uint8 or video.ndim != 5 or tuple(video.shape[1:]) != self.grid.video_shape:
+        if video.dtype != torch.uint8:
+            raise ValueError(f"video has dtype {video.dtype}; pass uint8 clips with values 0 to 255, not normalised")
+        if video.ndim != 5 or tuple(video.shape[1:]) != self.grid.video_shape:
             raise ValueError(
-                f"video has shape {tuple(video.shape)} and dtype {video.dtype}; this model takes uint8 clips of shape "
+                f"video has shape {tuple(video.shape)}; this model takes uint8 clips of shape "
                 f"(B, {', '.join(map(str, self.grid.video_shape))}): resize the clip, or build the model with other "
                 "model.num_frames and model.frame_size"
             )

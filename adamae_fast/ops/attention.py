@@ -77,7 +77,7 @@ _logged: set[tuple[object, ...]] = set()
 def _log_choice(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> None:
     if (device_type, dtype, head_dim) not in _logged:
         _logged.add((device_type, dtype, head_dim))
-        _logger.info("attention on %s, %s, head dim %d: %s", device_type, dtype, head_dim, name)
+        _logger.debug("attention on %s, %s, head dim %d: %s", device_type, dtype, head_dim, name)
 
 
 def attention(q_BNHd: Tensor, k_BNHd: Tensor, v_BNHd: Tensor, *, backend: str = "auto") -> Tensor:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adamae_fast.config import PretrainConfig, load_config, save_config
 from adamae_fast.run_folder import CONFIG_FILE, MODEL_FILE, RunFolder, checkpoint_step
+from adamae_fast.tensor_file import write_tensors_file
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
@@ -59,8 +60,9 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
 
-    save_file({name: p.detach().contiguous() for name, p in model.state_dict().items()}, temporary / MODEL_FILE)
-    save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER_FILE)
+    weights = {name: p.detach().contiguous() for name, p in model.state_dict().items()}
+    write_tensors_file(weights, temporary / MODEL_FILE)
+    write_tensors_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER_FILE)
     save_config(config, temporary / CONFIG_FILE)
     files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
     fields = {**asdict(state), "files": files}

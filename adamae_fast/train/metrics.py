@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from adamae_fast.run_folder import RunFolder
 
@@ -113,13 +114,14 @@ class ProgressLine:
         self._total_steps = total_steps
         self._last_plain = float("-inf")
         self._bar = Progress(
-            TextColumn("pre-training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=16),
+            TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+            TextColumn("ETA", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            # What does not fit beside the columns before it is cut, never they.
+            TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=console,
+            expand=True,
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=total_steps, completed=first_step, figures="")
@@ -132,7 +134,7 @@ class ProgressLine:
         """Show the newest figures."""
         figures = (
             f"loss {metrics['loss']:.4f} · {metrics['clips_per_second']:.1f} clips/s · "
-            f"waiting for data {metrics['data_wait_share']:.0%} · quarantined {metrics['quarantined']:.0f}"
+            f"data wait {metrics['data_wait_share']:.0%} · quarantined {metrics['quarantined']:.0f}"
         )
         self._bar.update(self._task, figures=figures)
         now = time.monotonic()

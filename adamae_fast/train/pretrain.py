@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -15,7 +16,7 @@ from adamae_fast.config import PretrainConfig, save_config
 from adamae_fast.data.loader import clip_batches
 from adamae_fast.data.manifest import Entry, read_manifest
 from adamae_fast.data.quarantine import DataStoppedError, Quarantine
-from adamae_fast.device import peak_memory_bytes, pick_device
+from adamae_fast.device import describe_device, peak_memory_bytes, pick_device
 from adamae_fast.run_folder import RunFolder
 from adamae_fast.train import checkpoint
 from adamae_fast.train.metrics import IntervalClock, MetricsLog, ProgressLine
@@ -24,6 +25,18 @@ from adamae_fast.train.step import Stepper
 from adamae_fast.train.summary import write_summary
 
 log = logging.getLogger("adamae_fast")
+
+OTHER_MODEL = ("model.", "mask.strategy")
+"""Keys that decide which weights there are."""
+
+OTHER_EXPERIMENT = (
+    "seed", "mask.", "loss.", "optim.", "train.batch_size", "train.accumulate", "train.precision",
+    "data.stride", "data.crop", "data.random_resized_scale", "data.flip", "data.repeat",
+)  # fmt: skip
+"""Keys that make what follows another experiment than what came before."""
+
+HARMLESS = ("output_dir", "resume", "init_weights", "checkpoint.", "log.", "train.device", "data.num_workers")
+"""Keys that change nothing about the clips, masks and updates to come."""
 
 
 def pretrain(config: PretrainConfig, console: Console) -> dict[str, object]:
@@ -37,19 +50,42 @@ def pretrain(config: PretrainConfig, console: Console) -> dict[str, object]:
     device = pick_device(config.train.device, "train.device")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if not config.data.manifest:
+        raise ValueError("data.manifest is required: name an annotation file or a folder of videos")
     entries = read_manifest(config.data.manifest, config.data.root)
     schedule = Schedule.from_config(config, len(entries))
     run = RunFolder(config.output_dir)
     with run.lock(), stop_signals() as stop:
         stepper = Stepper(config, device)
         first_step = _resume(config, run, stepper, schedule, len(entries))
-        save_config(config, run.config)
-        setting = f"{len(entries)} videos · {device}, {config.train.precision} · {schedule.describe()}"
-        console.print(setting, soft_wrap=True)
-        step = _train(config, run, entries, schedule, stepper, first_step, console, stop)
-        if step < schedule.total_steps:
-            console.print(f"stopped by {stop[0]} after step {step}; the same command continues", soft_wrap=True)
-        return write_summary(run, config, stepper.model, entries, step, schedule.total_steps, console)
+        step = first_step
+        if first_step == schedule.total_steps:
+            console.print(f"{run.path}: already finished at step {first_step}; only its report is drawn again")
+        else:
+            save_config(config, run.config)
+            _print_setting(config, stepper, schedule, len(entries), console)
+            step = _train(config, run, entries, schedule, stepper, first_step, console, stop)
+        stopped_by = stop[0] if step < schedule.total_steps else None
+        if stopped_by:
+            console.print(f"stopped by {stopped_by} after step {step}; the same command continues", soft_wrap=True)
+        return write_summary(run, config, stepper.model, entries, step, schedule.total_steps, stopped_by, console)
+
+
+def _print_setting(
+    config: PretrainConfig, stepper: Stepper, schedule: Schedule, num_videos: int, console: Console
+) -> None:
+    model = stepper.model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    visible, tokens = model.num_visible, model.grid.num_tokens
+    facts = [
+        ("run", f"{config.output_dir}, {num_videos} videos"),
+        ("device", f"{describe_device(stepper.device)}, {config.train.precision}"),
+        ("model", f"{config.model.size}, {parameters / 1e6:.1f} M parameters"),
+        ("mask", f"{config.mask.strategy}: {visible} of {tokens} tokens visible ({1 - visible / tokens:.1%} masked)"),
+        *schedule.describe(),
+    ]
+    for name, fact in facts:
+        console.print(f"{name:<14}{fact}", soft_wrap=True, highlight=False)
 
 
 def _train(
@@ -110,6 +146,20 @@ def _train(
     return step
 
 
+def _refuse_other_run(
+    config: PretrainConfig, run: RunFolder, folder: Path, changed: Mapping[str, tuple[object, object]]
+) -> None:
+    """Refuse to continue a checkpoint as another model, or, in its own folder, as another experiment."""
+    is_own = folder.resolve().parent == run.checkpoints.resolve()
+    refused = OTHER_MODEL + (OTHER_EXPERIMENT if is_own else ())
+    for key, (then, now) in changed.items():
+        if key.startswith(refused):
+            remedy = "choose another output_dir"
+            if is_own and not key.startswith(OTHER_MODEL):
+                remedy += f", with --resume {folder} if it is to go on from there"
+            raise ValueError(f"{key}={now!r}, but {folder} was trained with {then!r}; {remedy}")
+
+
 def _save(run: RunFolder, config: PretrainConfig, stepper: Stepper, step: int, num_videos: int) -> None:
     stepper.check()
     state = checkpoint.RunState(step=step, num_videos=num_videos, loss_scale=stepper.scaler.state_dict())
@@ -124,6 +174,9 @@ def _resume(config: PretrainConfig, run: RunFolder, stepper: Stepper, schedule: 
             stepper.model.load_weights(config.init_weights)
             log.info("starting from the weights of %s", config.init_weights)
         return 0
+    checkpoint.verify_checkpoint(folder)
+    changed = checkpoint.differences(folder, config)
+    _refuse_other_run(config, run, folder, changed)
     state = checkpoint.load_checkpoint(folder, stepper.model, stepper.optimizer)
     if state.step > schedule.total_steps:
         raise ValueError(
@@ -132,8 +185,9 @@ def _resume(config: PretrainConfig, run: RunFolder, stepper: Stepper, schedule: 
         )
     if state.loss_scale:
         stepper.scaler.load_state_dict(state.loss_scale)
-    for key, (then, now) in checkpoint.differences(folder, config).items():
-        log.warning("%s was %r in %s and is %r now", key, then, folder, now)
+    for key, (then, now) in changed.items():
+        if not key.startswith(HARMLESS):
+            log.warning("%s was %r in %s and is %r now", key, then, folder, now)
     if state.num_videos != num_videos:
         log.warning("%s was written with %d videos, not %d: other clips follow", folder, state.num_videos, num_videos)
     for path in checkpoint.set_aside_newer(run, state.step):

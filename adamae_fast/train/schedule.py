@@ -51,10 +51,15 @@ class Schedule:
         progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
         return self.min_lr + 0.5 * (self.peak_lr - self.min_lr) * (1 + math.cos(math.pi * progress))
 
-    def describe(self) -> str:
-        """One line for the user: the total batch and the scaled rates, which peers' users were confused by."""
-        return (
-            f"{self.total_steps} steps of {self.total_batch} clips (batch × accumulation, repeated crops counted), "
-            f"{self.steps_per_epoch:.2f} steps an epoch, warm-up {self.warmup_steps} steps, "
-            f"peak learning rate {self.peak_lr:.3g} = base × {self.total_batch}/{REFERENCE_BATCH}"
-        )
+    def describe(self) -> list[tuple[str, str]]:
+        """Facts for the user: the total batch and the scaled rates, which peers' users were confused by."""
+        epochs = self.total_steps / self.steps_per_epoch
+        return [
+            ("steps", f"{self.total_steps} = {epochs:.4g} epochs of {self.steps_per_epoch:.4g} steps"),
+            ("batch", f"{self.total_batch} clips a step (batch size × accumulation, repeated crops counted)"),
+            (
+                "learning rate",
+                f"{self.peak_lr:.3g} at the peak (base × {self.total_batch}/{REFERENCE_BATCH}) "
+                f"after {self.warmup_steps} steps of warm-up",
+            ),
+        ]

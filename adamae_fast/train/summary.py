@@ -32,6 +32,7 @@ def write_summary(
     entries: Sequence[Entry],
     step: int,
     total_steps: int,
+    stopped_by: str | None,
     console: Console,
 ) -> dict[str, object]:
     """Write summary.json, and report.html if the run is complete; print where everything is and the figures as JSON.
@@ -43,11 +44,13 @@ def write_summary(
     summary: dict[str, object] = {
         "step": step,
         "steps": total_steps,
+        "stopped_by": stopped_by,
         **headline(metrics),
         "quarantined": len(read_json_lines(run.quarantine)),
         "metrics": str(run.metrics),
         "checkpoint": str(checkpoints[-1]) if checkpoints else None,
     }
+    summary = {name: _rounded(value) for name, value in summary.items()}
     _write(run, summary)
     if step == total_steps:
         with console.status("drawing the report"):
@@ -59,13 +62,21 @@ def write_summary(
                 summary["report"] = str(report.path)
                 for name, figure in (report.adaptivity or {}).items():
                     if isinstance(figure, dict):
-                        summary[f"adaptivity_{name}"] = figure["value"]
+                        summary[f"adaptivity_{name}"] = _rounded(figure["value"])
                 _write(run, summary)
-    for name in ("report", "metrics", "checkpoint"):
-        if summary.get(name):
-            console.print(f"{name}: {summary[name]}", soft_wrap=True, highlight=False)
+    lines = {name: summary.get(name) for name in ("report", "metrics", "checkpoint")}
+    if summary["loss_fall"] is not None:
+        fall = f"{summary['loss_first']:.4g} → {summary['loss_last']:.4g} (mean of the last lines of metrics.jsonl)"
+        lines = {"loss": fall, **lines}
+    for name, value in lines.items():
+        if value is not None:
+            console.print(f"{name:<14}{value}", soft_wrap=True, highlight=False)
     console.out(json.dumps(summary), highlight=False)
     return summary
+
+
+def _rounded(value: object) -> object:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _write(run: RunFolder, summary: dict[str, object]) -> None:

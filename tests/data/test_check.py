@@ -68,9 +68,10 @@ def test_table(manifest: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert cells["images"] == ["png", "64×48", "4", "", "", "pillow"]
     assert cells["missing.mp4"] == ["", "", "", "", "", "unreadable"]
     assert len(cells) == 6
-    assert lines[-4].startswith("unreadable: text.mp4: no video, cut short or damaged")
-    assert lines[-3] == "unreadable: missing.mp4: no such file or directory"
-    assert lines[-2].startswith("unreadable: unknown.mp4: no decoder for codec")
+    folder = manifest.parent
+    assert lines[-4].startswith(f"unreadable: {folder}/text.mp4: no video, cut short or damaged")
+    assert lines[-3] == f"unreadable: {folder}/missing.mp4: no such file or directory"
+    assert lines[-2].startswith(f"unreadable: {folder}/unknown.mp4: no decoder for codec")
     assert lines[-1] == "6 videos, 3 unreadable"
 
 

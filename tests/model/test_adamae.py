@@ -224,12 +224,22 @@ def test_epsilons_and_biases_follow_the_published_model():
 
 @pytest.mark.parametrize(
     "clip",
-    [video(1, 4, 24), video(1, 6, 32), video(1)[0], video(1).float()],
-    ids=["frame size", "frame count", "no batch", "float"],
+    [video(1, 4, 24), video(1, 6, 32), video(1)[0]],
+    ids=["frame size", "frame count", "no batch"],
 )
 def test_unfitting_video_is_refused_with_both_shapes(clip):
     with pytest.raises(ValueError, match=r"video has shape.*uint8 clips of shape \(B, 3, 4, 32, 32\)"):
         build()(clip)
+
+
+def test_float_video_is_refused():
+    with pytest.raises(ValueError, match=r"dtype torch\.float32; pass uint8"):
+        build()(video(1).float())
+
+
+def test_all_tokens_visible_is_refused():
+    with pytest.raises(ValueError, match="visible_ids names all 32 tokens"):
+        build()(video(1), torch.arange(32)[None])
 
 
 def test_one_row_of_ids_for_each_clip():

@@ -84,7 +84,7 @@ def test_reference_stays_exact_under_autocast() -> None:
 
 def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_logged", set())
-    with caplog.at_level(logging.INFO, logger="adamae_fast"):
+    with caplog.at_level(logging.DEBUG, logger="adamae_fast"):
         for dtype in (torch.float64, torch.float32, torch.float64):
             attention(*make(dtype=dtype))
         attention(*make(), backend="reference")

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import time
 
 import pytest
@@ -87,15 +88,18 @@ def test_progress_in_a_log_file_is_a_plain_line(run):
             line.advance(step)
             line.report(figures(step))
     assert text.getvalue().splitlines() == [
-        f"step {step}/2 · loss {1 / step:.4f} · 3.0 clips/s · waiting for data 25% · quarantined 1 · ETA 0:00:{eta}"
+        f"step {step}/2 · loss {1 / step:.4f} · 3.0 clips/s · data wait 25% · quarantined 1 · ETA 0:00:{eta}"
         for step, eta in ((1, "07"), (2, "00"))
     ]
 
 
-def test_progress_in_a_terminal_is_live():
+@pytest.mark.parametrize("width", [80, 160])
+def test_progress_in_a_terminal_is_live_and_shows_where_it_is(width):
     text = io.StringIO()
-    with ProgressLine(Console(file=text, width=160, force_terminal=True), 0, 2) as line:
-        line.advance(2)
-        line.report(figures(2))
-    assert "loss 0.5000" in text.getvalue()
-    assert "2/2" in text.getvalue()
+    with ProgressLine(Console(file=text, width=width, force_terminal=True), 0, 2400) as line:
+        line.advance(1200)
+        line.report(figures(1200))
+    shown = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue()).splitlines() if "loss" in line][-1]
+    assert "1200/2400 ETA" in shown
+    assert "loss 0.0008 · 3.0 clips/s" in shown
+    assert len(shown) <= width

@@ -125,7 +125,7 @@ def test_a_stop_signal_saves_and_exits_cleanly(recipe, tmp_path, number):
     output_dir = tmp_path / "stopped"
     # Too long to end by itself before the signal; it saves only because it is told to stop.
     endless = ("--train.steps", "100000", "--checkpoint.every", "100000")
-    assert run_and_signal(recipe, output_dir, 4, number, *endless) == 0
+    assert run_and_signal(recipe, output_dir, 4, number, *endless) == (130 if number == signal.SIGINT else 0)
     run = RunFolder(output_dir)
     last_step = read_metrics(run.metrics)[-1]["step"]
     assert run.list_checkpoints() == [run.checkpoint(last_step)]
@@ -193,6 +193,27 @@ def test_a_shorter_run_than_its_checkpoint_is_refused(recipe, uninterrupted):
     refused = run_to_end(recipe, uninterrupted[0], "--train.steps", "9")
     assert refused.returncode == 2
     assert "stands at step 14, but this run ends at step 9" in refused.stderr
+
+
+def test_another_experiment_in_the_folder_of_a_run_is_refused(recipe, uninterrupted, tmp_path):
+    output_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], output_dir)
+    before = RunFolder(output_dir).config.read_text()
+    for option, words in {
+        "model.size": r"model\.size='small', but .*step_00000014 was trained with 'nano'; choose another output_dir$",
+        "mask.ratio": r"mask\.ratio=0\.25, .*--resume .*step_00000014",
+    }.items():
+        value = {"model.size": "small", "mask.ratio": 0.25}[option]
+        with pytest.raises(ValueError, match=words):
+            pretrain(load_config(recipe, {"output_dir": str(output_dir), option: value}), Console(quiet=True))
+    assert RunFolder(output_dir).config.read_text() == before
+
+
+def test_a_checkpoint_may_go_on_as_another_experiment_elsewhere(recipe, uninterrupted, tmp_path, caplog):
+    overrides = {"resume": str(uninterrupted[0]), "output_dir": str(tmp_path / "other"), "data.num_workers": 0}
+    summary = pretrain(load_config(recipe, {**overrides, "mask.ratio": 0.25, "train.steps": 15}), Console(quiet=True))
+    assert summary["step"] == 15
+    assert "mask.ratio was 0.5" in caplog.text
 
 
 def test_a_finished_run_only_draws_its_report_again(recipe, uninterrupted, tmp_path):
