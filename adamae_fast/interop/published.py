@@ -57,7 +57,9 @@ def load_pth(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle fails with whatever the reader stumbles over
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named is None:
-            raise ValueError(f"{path}: damaged, or no .pth checkpoint ({type(error).__name__})") from error
+            raise ValueError(
+                f"{path}: cannot be read as a .pth checkpoint; damaged? ({type(error).__name__})"
+            ) from error
         raise ValueError(
             f"{path}: refused, because its pickle asks for {named[1]}. Only tensors and plain values are read, since "
             'a pickle can run code. If you trust the file, save its tensors anew: torch.save({"model": state_dict}, …)'
