@@ -1,4 +1,6 @@
 // gather_tokens and its gradient: formulas in adamae_fast/ops/gather_tokens.py.
+#include <cstring>
+
 #include "common.h"
 
 namespace adamae {
@@ -48,12 +50,17 @@ Tensor gather_tokens_backward(const Tensor& grad, const Tensor& slots) {
     const auto* rows = data<T>(grad_BKD);
     auto* out = mutable_data<T>(out_BND);
     parallel_rows(slots_BN.numel(), width, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+      int64_t i = begin;
+      while (i < end) {
         if (places[i] < num_visible) {
           std::copy_n(rows + (i / num_tokens * num_visible + places[i]) * width, width, out + i * width);
-        } else {
-          std::fill_n(out + i * width, width, T{});
+          ++i;
+          continue;
         }
+        // A run of masked tokens is one long fill, which is faster than a fill for each row.
+        const int64_t first = i;
+        while (i < end && places[i] >= num_visible) ++i;
+        std::memset(out + first * width, 0, (i - first) * width * sizeof(T));
       }
     });
   });
