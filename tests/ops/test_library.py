@@ -95,6 +95,14 @@ def test_the_backward_of_a_reference_is_a_reference(name: str, monkeypatch: pyte
     assert seen == {f"adamae_fast::{name}", f"adamae_fast::{name}_backward"}
 
 
+def test_a_request_can_be_compiled(impl: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda video: patchify(video, **SIZES, impl=impl), fullgraph=True, backend="aot_eager", dynamic=False
+    )
+    assert torch.equal(compiled(VIDEO), patchify(VIDEO, **SIZES))
+
+
 def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_logged", set())
     with caplog.at_level(logging.INFO, "adamae_fast"):
