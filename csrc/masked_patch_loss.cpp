@@ -121,10 +121,10 @@ class TargetBuilder {
   std::vector<C> divide_, values_;
 };
 
-// Calls body(m, prediction row or output row offset, target) for each masked token of the batch.
+// Calls body(i, target) for each masked token i of the batch, on torch's threads.
 template <class C, class Body>
 void for_each_target(const Tubelets& tubelets, Target target, const Tensor& ids_BM, const Body& body) {
-  // Largest count · v of a token must stay an int32.
+  // The largest count · v of a token must stay an int32.
   check(tubelets.pixels_per_token() < (int64_t{1} << 22), "a token of ", tubelets.pixels_per_token(),
         " pixels is too large; choose smaller tubelets");
   const int64_t num_masked = ids_BM.size(1);
