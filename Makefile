@@ -19,7 +19,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools
@@ -27,4 +27,4 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py
 	touch $(INSTALLED)
 
 clean: ## remove the environment and everything that runs wrote
-	rm -rf .venv runs build
+	rm -rf .venv runs build adamae_fast/_C*.so

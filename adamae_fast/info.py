@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from adamae_fast.device import describe_device
+from adamae_fast.ops import library
 from adamae_fast.version import __version__
 
 
@@ -69,6 +70,7 @@ def _device() -> str:
 
 def _backends() -> list[Backend]:
     return [
+        _cpp_operations(),
         # PyAV before decord, whose old codec libraries the whole process sees: PyAV must not pick them up.
         _package("av", "PyAV: lists frames, decodes what decord cannot, writes videos", "av"),
         _package("decord", "fast seeking video decoder", "decord"),
@@ -86,6 +88,13 @@ def _backends() -> list[Backend]:
         ),
         _package("transformers", "conversion to and from its VideoMAE folders", "transformers"),
     ]
+
+
+def _cpp_operations() -> Backend:
+    reason = library.reason_missing
+    lost = f"{reason}. Until then the operations run as plain PyTorch references, slower and with more memory"
+    detail = lost if reason else f"built for torch {library.built_for(library.PATH)}"
+    return Backend("cpp", "operations on the CPU", reason is None, detail)
 
 
 def _package(

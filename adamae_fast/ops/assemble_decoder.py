@@ -14,16 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd.function import once_differentiable
 
 from adamae_fast.ops.gather_tokens import check_positions
 from adamae_fast.ops.registry import (
+    Impl,
     accumulate_dtype,
     check_floating,
     check_id_range,
     check_ids,
     check_same_device,
+    choose,
     describe,
+    like,
     register,
     register_autograd,
 )
@@ -75,31 +79,38 @@ class _AssembleDecoder(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        overload: OpOverload,
         visible_BKE: Tensor,
         mask_token_E: Tensor,
         positions_NE: Tensor,
         visible_ids_BK: Tensor,
         masked_ids_BM: Tensor,
     ) -> Tensor:
+        ctx.backward_operation = like(overload, _assemble_decoder_backward)
         ctx.num_visible = visible_BKE.shape[1]
         ctx.mask_token_dtype = mask_token_E.dtype
         with torch._C._AutoDispatchBelowAutograd():
-            return _assemble_decoder(visible_BKE, mask_token_E, positions_NE, visible_ids_BK, masked_ids_BM)
+            result: Tensor = overload(visible_BKE, mask_token_E, positions_NE, visible_ids_BK, masked_ids_BM)
+            return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BNE: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        grad_visible_BKE, grad_mask_token_E = _assemble_decoder_backward(
-            grad_BNE, ctx.num_visible, ctx.mask_token_dtype
-        )
-        return grad_visible_BKE, grad_mask_token_E, None, None, None
+    def backward(ctx: Any, grad_BNE: Tensor) -> tuple[None, Tensor, Tensor, None, None, None]:
+        grad_visible_BKE, grad_mask_token_E = ctx.backward_operation(grad_BNE, ctx.num_visible, ctx.mask_token_dtype)
+        return None, grad_visible_BKE, grad_mask_token_E, None, None, None
 
 
 register_autograd(_assemble_decoder, _AssembleDecoder)
 
 
 def assemble_decoder(
-    visible_BKE: Tensor, mask_token_E: Tensor, positions_NE: Tensor, visible_ids_BK: Tensor, masked_ids_BM: Tensor
+    visible_BKE: Tensor,
+    mask_token_E: Tensor,
+    positions_NE: Tensor,
+    visible_ids_BK: Tensor,
+    masked_ids_BM: Tensor,
+    *,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Return the decoder's input (B, N, E) in ``visible_BKE``'s dtype.
 
@@ -108,8 +119,8 @@ def assemble_decoder(
     for fp64) and are rounded once, the mask token's gradient too. Gradients to ``visible_BKE`` and ``mask_token_E``,
     differentiable once. Deterministic.
 
-    Raises ValueError if shapes, dtypes or devices disagree, K + M is not N, the table requires a gradient, or, for ids
-    on the CPU, one is out of range.
+    Raises ValueError if shapes, dtypes or devices disagree, K + M is not N, the table requires a gradient, ``impl``
+    cannot run here, or, for ids on the CPU, one is out of range.
     """
     check_floating("visible", visible_BKE, (None, None, None), "BKE")
     batch_size, num_visible, width = visible_BKE.shape
@@ -123,4 +134,6 @@ def assemble_decoder(
             f"visible_ids has {describe(visible_ids_BK)}; pass the ids of the {num_visible} visible tokens of each clip"
         )
     check_positions(positions_NE, num_visible + masked_ids_BM.shape[1], width, device)
-    return _assemble_decoder(visible_BKE, mask_token_E, positions_NE, visible_ids_BK, masked_ids_BM)
+    operation = choose(_assemble_decoder, impl, device)
+    result: Tensor = operation(visible_BKE, mask_token_E, positions_NE, visible_ids_BK, masked_ids_BM)
+    return result

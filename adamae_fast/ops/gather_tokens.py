@@ -14,15 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd.function import once_differentiable
 
 from adamae_fast.ops.registry import (
+    Impl,
     accumulate_dtype,
     check_floating,
     check_id_range,
     check_ids,
     check_same_device,
+    choose,
     describe,
+    like,
     register,
     register_autograd,
 )
@@ -59,30 +63,36 @@ _gather_tokens_backward = register(_BACKWARD_SCHEMA, reference=_backward_referen
 
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens_BND: Tensor, ids_BK: Tensor, slots_BN: Tensor, positions_ND: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, overload: OpOverload, tokens_BND: Tensor, ids_BK: Tensor, slots_BN: Tensor, positions_ND: Tensor
+    ) -> Tensor:
+        ctx.backward_operation = like(overload, _gather_tokens_backward)
         ctx.save_for_backward(slots_BN)
         with torch._C._AutoDispatchBelowAutograd():
-            return _gather_tokens(tokens_BND, ids_BK, slots_BN, positions_ND)
+            result: Tensor = overload(tokens_BND, ids_BK, slots_BN, positions_ND)
+            return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BKD: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_BKD: Tensor) -> tuple[None, Tensor, None, None, None]:
         (slots_BN,) = ctx.saved_tensors
-        return _gather_tokens_backward(grad_BKD, slots_BN), None, None, None
+        return None, ctx.backward_operation(grad_BKD, slots_BN), None, None, None
 
 
 register_autograd(_gather_tokens, _GatherTokens)
 
 
-def gather_tokens(tokens_BND: Tensor, ids_BK: Tensor, slots_BN: Tensor, positions_ND: Tensor) -> Tensor:
+def gather_tokens(
+    tokens_BND: Tensor, ids_BK: Tensor, slots_BN: Tensor, positions_ND: Tensor, *, impl: Impl = "auto"
+) -> Tensor:
     """Return the tokens ``ids_BK`` with their positions added, (B, K, D), in the tokens' dtype.
 
     ``ids_BK`` and ``slots_BN`` (int64) come from one :class:`~adamae_fast.ops.sample_visible.TokenSplit`;
     ``positions_ND`` is a fixed table of any floating dtype. The sum runs in fp32 (fp64 for fp64 tokens) and is rounded
     once. Deterministic. Gradient to the tokens only, differentiable once.
 
-    Raises ValueError if shapes, dtypes or devices disagree, the table requires a gradient, or, for ids on the CPU, one
-    is out of range.
+    Raises ValueError if shapes, dtypes or devices disagree, the table requires a gradient, ``impl`` cannot run here,
+    or, for ids on the CPU, one is out of range.
     """
     check_floating("tokens", tokens_BND, (None, None, None), "BND")
     batch_size, num_tokens, width = tokens_BND.shape
@@ -93,7 +103,8 @@ def gather_tokens(tokens_BND: Tensor, ids_BK: Tensor, slots_BN: Tensor, position
     if not 1 <= ids_BK.shape[1] <= num_tokens:
         raise ValueError(f"ids has {describe(ids_BK)}; choose 1 to {num_tokens} tokens of each clip")
     check_positions(positions_ND, num_tokens, width, tokens_BND.device)
-    return _gather_tokens(tokens_BND, ids_BK, slots_BN, positions_ND)
+    result: Tensor = choose(_gather_tokens, impl, tokens_BND.device)(tokens_BND, ids_BK, slots_BN, positions_ND)
+    return result
 
 
 def check_positions(positions_ND: Tensor, num_tokens: int, width: int, device: torch.device) -> None:

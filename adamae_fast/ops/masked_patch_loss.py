@@ -18,15 +18,19 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd.function import once_differentiable
 
 from adamae_fast.ops.patchify import check_video, tubelet_grid, tubelet_view
 from adamae_fast.ops.registry import (
+    Impl,
     accumulate_dtype,
     check_floating,
     check_id_range,
     check_ids,
     check_same_device,
+    choose,
+    like,
     register,
     register_autograd,
 )
@@ -153,6 +157,7 @@ class _MaskedPatchLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        overload: OpOverload,
         prediction_BMP: Tensor,
         video_BCTHW: Tensor,
         masked_ids_BM: Tensor,
@@ -161,30 +166,40 @@ class _MaskedPatchLoss(torch.autograd.Function):
         target: str,
         error: str,
     ) -> Tensor:
+        ctx.backward_operation = like(overload, _masked_patch_loss_backward)
         ctx.save_for_backward(prediction_BMP, video_BCTHW, masked_ids_BM)
         ctx.settings = (tubelet_size, patch_size, target, error)
         with torch._C._AutoDispatchBelowAutograd():
-            return _masked_patch_loss(prediction_BMP, video_BCTHW, masked_ids_BM, *ctx.settings)
+            result: Tensor = overload(prediction_BMP, video_BCTHW, masked_ids_BM, *ctx.settings)
+            return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BM: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
-        grad_prediction = _masked_patch_loss_backward(grad_BM, *ctx.saved_tensors, *ctx.settings)
-        return grad_prediction, None, None, None, None, None, None
+    def backward(ctx: Any, grad_BM: Tensor) -> tuple[None, Tensor, None, None, None, None, None, None]:
+        grad_prediction = ctx.backward_operation(grad_BM, *ctx.saved_tensors, *ctx.settings)
+        return None, grad_prediction, None, None, None, None, None, None
 
 
 register_autograd(_masked_patch_loss, _MaskedPatchLoss)
 
 
 def patch_targets(
-    video_BCTHW: Tensor, masked_ids_BM: Tensor, *, tubelet_size: int, patch_size: int, target: Target
+    video_BCTHW: Tensor,
+    masked_ids_BM: Tensor,
+    *,
+    tubelet_size: int,
+    patch_size: int,
+    target: Target,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Return what the decoder should predict for each masked token, (B, M, P) in fp32, values ordered (t, h, w, c).
 
     Formulas at the top of this file. Deterministic, no gradient. Raises ValueError as :func:`masked_patch_loss` does.
     """
     _check_target(video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target)
-    return _patch_targets(video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target, torch.float32)
+    operation = choose(_patch_targets, impl, video_BCTHW.device)
+    result: Tensor = operation(video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target, torch.float32)
+    return result
 
 
 def masked_patch_loss(
@@ -196,6 +211,7 @@ def masked_patch_loss(
     patch_size: int,
     target: Target,
     error: Error,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Return the error of each masked token, (B, M), averaged over its P values (formulas at the top of this file).
 
@@ -204,7 +220,8 @@ def masked_patch_loss(
     Autograd keeps the three inputs and no target. Deterministic, differentiable once.
 
     Raises ValueError if shapes, dtypes or devices disagree, sizes do not divide the clip, ``target`` or ``error`` is
-    unknown, a variance is asked of a single value, or, for ids on the CPU, one is out of range.
+    unknown, a variance is asked of a single value, ``impl`` cannot run here, or, for ids on the CPU, one is out of
+    range.
     """
     _check_target(video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target)
     if error not in get_args(Error):
@@ -212,7 +229,9 @@ def masked_patch_loss(
     num_pixels = video_BCTHW.shape[1] * tubelet_size * patch_size**2
     check_floating("prediction", prediction_BMP, (*masked_ids_BM.shape, num_pixels), "BMP")
     check_same_device("prediction", prediction_BMP, video_BCTHW.device)
-    return _masked_patch_loss(prediction_BMP, video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target, error)
+    operation = choose(_masked_patch_loss, impl, video_BCTHW.device)
+    result: Tensor = operation(prediction_BMP, video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target, error)
+    return result
 
 
 def _check_target(video_BCTHW: Tensor, masked_ids_BM: Tensor, tubelet_size: int, patch_size: int, target: str) -> None:

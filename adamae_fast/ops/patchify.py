@@ -13,19 +13,25 @@ Letters: B clips, C channels, T frames, H, W pixels, N tokens, P pixels a token,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd.function import once_differentiable
 
 from adamae_fast.ops.registry import (
+    Impl,
     accumulate_dtype,
     autocast_dtype,
     check_floating,
     check_same_device,
+    choose,
     describe,
+    like,
     register,
     register_autograd,
     without_autocast,
@@ -96,33 +102,55 @@ def _patchify_fake(
 _patchify = register(_PATCHIFY_SCHEMA, reference=_patchify_reference, fake=_patchify_fake)
 
 
-def patchify(video_BCTHW: Tensor, *, tubelet_size: int, patch_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def patchify(
+    video_BCTHW: Tensor,
+    *,
+    tubelet_size: int,
+    patch_size: int,
+    dtype: torch.dtype = torch.float32,
+    impl: Impl = "auto",
+) -> Tensor:
     """Return the normalised pixels of every token, (B, N, P), in ``dtype``.
 
     ``video_BCTHW`` is uint8 of any strides, ``dtype`` a floating-point type. Arithmetic runs in fp32 (fp64 for fp64)
     and is rounded once. Deterministic. There is no gradient: the clip is a constant.
 
-    Raises ValueError if the clip is not uint8 RGB, the sizes do not divide it or ``dtype`` is not floating point.
+    Raises ValueError if the clip is not uint8 RGB, the sizes do not divide it, ``dtype`` is not floating point or
+    ``impl`` cannot run here.
     """
     check_video(video_BCTHW, tubelet_size, patch_size)
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype}: normalised pixels need a floating-point type such as torch.float32")
-    return _patchify(video_BCTHW, tubelet_size, patch_size, IMAGENET_MEAN, IMAGENET_STD, dtype)
+    operation = choose(_patchify, impl, video_BCTHW.device)
+    result: Tensor = operation(video_BCTHW, tubelet_size, patch_size, IMAGENET_MEAN, IMAGENET_STD, dtype)
+    return result
 
 
-def _embed_reference(
-    video_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor, mean: list[float], std: list[float]
+# The products are PyTorch's own in every implementation; what differs is who cuts the clip.
+def _embed(
+    cut: Callable[..., Tensor],
+    video_BCTHW: Tensor,
+    weight_DCthw: Tensor,
+    bias_D: Tensor,
+    mean: list[float],
+    std: list[float],
 ) -> Tensor:
     _, _, tubelet_size, patch_size, _ = weight_DCthw.shape
-    pixels_BNP = _patchify(video_BCTHW, tubelet_size, patch_size, mean, std, weight_DCthw.dtype)
+    pixels_BNP = cut(video_BCTHW, tubelet_size, patch_size, mean, std, weight_DCthw.dtype)
     with without_autocast(video_BCTHW.device):
         return F.linear(pixels_BNP, weight_DCthw.flatten(1), bias_D)
 
 
-def _embed_backward_reference(
-    grad_BND: Tensor, video_BCTHW: Tensor, tubelet_size: int, patch_size: int, mean: list[float], std: list[float]
+def _embed_backward(
+    cut: Callable[..., Tensor],
+    grad_BND: Tensor,
+    video_BCTHW: Tensor,
+    tubelet_size: int,
+    patch_size: int,
+    mean: list[float],
+    std: list[float],
 ) -> tuple[Tensor, Tensor]:
-    pixels_BNP = _patchify(video_BCTHW, tubelet_size, patch_size, mean, std, grad_BND.dtype)
+    pixels_BNP = cut(video_BCTHW, tubelet_size, patch_size, mean, std, grad_BND.dtype)
     with without_autocast(video_BCTHW.device):
         grad_weight_DP = grad_BND.flatten(0, 1).T @ pixels_BNP.flatten(0, 1)
     grad_bias_D = grad_BND.sum((0, 1), dtype=accumulate_dtype(grad_BND.dtype)).to(grad_BND.dtype)
@@ -144,9 +172,17 @@ def _embed_backward_fake(
     return grad_BND.new_empty(weight_shape), grad_BND.new_empty((width,))
 
 
-_embed_tubelets = register(_EMBED_SCHEMA, reference=_embed_reference, fake=_embed_fake)
+_embed_tubelets = register(
+    _EMBED_SCHEMA,
+    reference=partial(_embed, _patchify_reference),
+    composed=partial(_embed, _patchify),
+    fake=_embed_fake,
+)
 _embed_tubelets_backward = register(
-    _EMBED_BACKWARD_SCHEMA, reference=_embed_backward_reference, fake=_embed_backward_fake
+    _EMBED_BACKWARD_SCHEMA,
+    reference=partial(_embed_backward, _patchify_reference),
+    composed=partial(_embed_backward, _patchify),
+    fake=_embed_backward_fake,
 )
 
 
@@ -158,24 +194,32 @@ class _EmbedTubelets(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, video_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor, mean: list[float], std: list[float]
+        ctx: Any,
+        overload: OpOverload,
+        video_BCTHW: Tensor,
+        weight_DCthw: Tensor,
+        bias_D: Tensor,
+        mean: list[float],
+        std: list[float],
     ) -> Tensor:
+        ctx.backward_operation = like(overload, _embed_tubelets_backward)
         ctx.save_for_backward(video_BCTHW)
         ctx.settings = (weight_DCthw.shape[2], weight_DCthw.shape[3], mean, std)
         with torch._C._AutoDispatchBelowAutograd():
-            return _embed_tubelets(video_BCTHW, weight_DCthw, bias_D, mean, std)
+            result: Tensor = overload(video_BCTHW, weight_DCthw, bias_D, mean, std)
+            return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BND: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
-        grad_weight_DCthw, grad_bias_D = _embed_tubelets_backward(grad_BND, *ctx.saved_tensors, *ctx.settings)
-        return None, grad_weight_DCthw, grad_bias_D, None, None
+    def backward(ctx: Any, grad_BND: Tensor) -> tuple[None, None, Tensor, Tensor, None, None]:
+        grad_weight_DCthw, grad_bias_D = ctx.backward_operation(grad_BND, *ctx.saved_tensors, *ctx.settings)
+        return None, None, grad_weight_DCthw, grad_bias_D, None, None
 
 
 register_autograd(_embed_tubelets, _EmbedTubelets)
 
 
-def embed_tubelets(video_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor) -> Tensor:
+def embed_tubelets(video_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor, *, impl: Impl = "auto") -> Tensor:
     """Return the tokens (B, N, D) of a uint8 clip: ``linear(patchify(video), weight.flatten(1), bias)``.
 
     ``weight_DCthw`` (D, 3, tubelet, patch, patch) and ``bias_D`` are the tokenizer's Conv3d parameters. The product
@@ -183,8 +227,8 @@ def embed_tubelets(video_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor) ->
     arrive in the parameters' own. Autograd keeps the uint8 clip only, a quarter of a float one: pixels are rebuilt
     for the weight's gradient. Differentiable once.
 
-    Raises ValueError if the clip is not uint8 RGB, the weight's sizes do not divide it, or shapes, dtypes or devices
-    disagree.
+    Raises ValueError if the clip is not uint8 RGB, the weight's sizes do not divide it, shapes, dtypes or devices
+    disagree, or ``impl`` cannot run here. "cpp" never can: the products are PyTorch's, and "auto" cuts the clip in C++.
     """
     check_floating("weight", weight_DCthw, (None, 3, None, None, None), "DCthw")
     check_floating("bias", bias_D, (weight_DCthw.shape[0],), "D")
@@ -198,4 +242,6 @@ def embed_tubelets(video_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor) ->
         raise ValueError(f"weight is {weight_DCthw.dtype} and bias {bias_D.dtype}; convert one of them")
     dtype = autocast_dtype(weight_DCthw)
     weight_DCthw, bias_D = weight_DCthw.to(dtype), bias_D.to(dtype)
-    return _embed_tubelets(video_BCTHW, weight_DCthw, bias_D, IMAGENET_MEAN, IMAGENET_STD)
+    operation = choose(_embed_tubelets, impl, video_BCTHW.device)
+    result: Tensor = operation(video_BCTHW, weight_DCthw, bias_D, IMAGENET_MEAN, IMAGENET_STD)
+    return result

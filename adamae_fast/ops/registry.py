@@ -2,7 +2,8 @@
 
 The dispatcher is the registry of back ends. Python defines each schema once and registers a reference that runs
 anywhere (``CompositeExplicitAutograd``) and a fake for tracing; a compiled library may add the ``CPU`` or ``CUDA`` key
-of the same schema later and is then preferred by the dispatcher itself.
+of the same schema and is then preferred by the dispatcher itself. Each operation has a second overload, ``reference``,
+to which no library adds anything: it is what ``impl="reference"`` calls, in the backward and in a compiled graph too.
 
 Who checks what: the public functions check shapes, dtypes and devices at once, on every device and while tracing. The
 *values* of ids are checked by the implementations, because only they see real numbers: the references do it for ids
@@ -11,46 +12,106 @@ on the CPU, while on CUDA reading a value back would stall the stream, so that a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from adamae_fast.ops import library
+
+_logger = logging.getLogger("adamae_fast")
+
+Impl = Literal["auto", "cpp", "reference"]
+"""Which implementation runs: the dispatcher's choice, or the named one and no other."""
+
 NAMESPACE = "adamae_fast"
 """Every operation is ``torch.ops.adamae_fast.<name>``."""
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+_references: dict[OpOverload, OpOverload] = {}
+_reasons_no_cpp: dict[OpOverload, str] = {}
+_logged: set[tuple[OpOverload, str]] = set()
 
 
-def register(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
+def register(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    composed: Callable[..., Any] | None = None,
+) -> OpOverload:
     """Define an operation, register what runs it where nothing faster is registered, and return it, bound once.
 
     ``reference`` must return fresh contiguous tensors for inputs of any strides, as kernels do; ``fake`` says their
-    shapes and dtypes.
+    shapes and dtypes. ``composed`` runs in place of the reference unless that is asked for: the same formula through
+    other operations, of which some may have a faster implementation.
     """
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return cast(OpOverload, getattr(getattr(torch.ops, NAMESPACE), name).default)
+    name, _, arguments = schema.partition("(")
+    for overload, function in (("", composed or reference), (".reference", reference)):
+        _library.define(f"{name}{overload}({arguments}", tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(f"{name}{overload}", function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}{overload}", fake, lib=_library)
+    packet = getattr(getattr(torch.ops, NAMESPACE), name)
+    operation: OpOverload = packet.default
+    _references[operation] = packet.reference
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+    nobody = "" if has_kernel else "it has no C++ implementation of its own; pass impl='auto'"
+    _reasons_no_cpp[operation] = library.reason_missing or nobody
+    return operation
 
 
 def register_autograd(operation: OpOverload, function: type[torch.autograd.Function]) -> None:
     """Let ``function`` stand for ``operation`` where gradients are recorded.
 
-    Its forward must call ``operation`` again inside ``torch._C._AutoDispatchBelowAutograd()``. This is about half the
-    overhead per call of ``torch.library.register_autograd``.
+    Its forward gets the overload that was called before the operation's own arguments, and must call it again inside
+    ``torch._C._AutoDispatchBelowAutograd()``. This is about half the overhead per call of
+    ``torch.library.register_autograd``.
     """
-    _library.impl(operation._schema.name.partition("::")[2], function.apply, "Autograd")
+    for overload in (operation, _references[operation]):
+        _library.impl(overload, partial(function.apply, overload), "Autograd")
+
+
+def like(overload: OpOverload, operation: OpOverload) -> OpOverload:
+    """``operation`` as the implementation that ``overload`` is: a reference's backward is a reference, too."""
+    return _references[operation] if overload._overloadname == "reference" else operation
+
+
+def choose(operation: OpOverload, impl: Impl, device: torch.device) -> OpOverload:
+    """Return the overload to call for ``impl``. Raises ValueError with the reason if it cannot run: none falls back."""
+    if impl == "reference":
+        return _references[operation]
+    if impl == "auto":
+        # Logging would break a graph in two while it is compiled.
+        if not torch.compiler.is_compiling():
+            _log_choice(operation, device.type)
+        return operation
+    if impl != "cpp":
+        raise ValueError(f"impl={impl!r}: choose auto, cpp or reference")
+    if device.type != "cpu":
+        raise ValueError(f"impl='cpp' of {operation} takes tensors on the CPU, these are on {device}; pass impl='auto'")
+    reason = _reasons_no_cpp[operation]
+    if reason:
+        raise ValueError(f"impl='cpp' of {operation} cannot run: {reason}")
+    return operation
+
+
+def _log_choice(operation: OpOverload, device_type: str) -> None:
+    if (operation, device_type) not in _logged:
+        _logged.add((operation, device_type))
+        is_cpp = device_type == "cpu" and not _reasons_no_cpp[operation]
+        _logger.debug("%s on %s: %s", operation, device_type, "cpp" if is_cpp else "reference")
 
 
 def registered_names() -> list[str]:
     """Names of all operations of this project that the dispatcher knows, sorted."""
     prefix = f"{NAMESPACE}::"
-    return sorted(n.removeprefix(prefix) for n in torch._C._dispatch_get_all_op_names() if n.startswith(prefix))
+    names = [n.removeprefix(prefix) for n in torch._C._dispatch_get_all_op_names() if n.startswith(prefix)]
+    return sorted({name.partition(".")[0] for name in names})
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from adamae_fast.ops.registry import (
+    Impl,
     accumulate_dtype,
     check_floating,
     check_id_range,
     check_ids,
     check_same_device,
+    choose,
     describe,
     register,
 )
@@ -88,33 +90,35 @@ _sample_visible = register(_SAMPLE_SCHEMA, reference=_sample_reference, fake=_sa
 _split_tokens = register(_SPLIT_SCHEMA, reference=_split_reference, fake=_split_fake)
 
 
-def sample_visible(logits_BN: Tensor, noise_BN: Tensor, num_visible: int) -> TokenSplit:
+def sample_visible(logits_BN: Tensor, noise_BN: Tensor, num_visible: int, *, impl: Impl = "auto") -> TokenSplit:
     """Draw ``num_visible`` distinct tokens of each clip with p = softmax(logits), given Gumbel noise.
 
     Keys are fp32 (fp64 if an input is fp64); ties go to the lower index. Deterministic given the noise. Nothing waits
     for the device and there is no gradient. ``num_visible`` is 1 … N; at N nothing is masked. A logit that is not
     finite is the caller's to refuse: NaN sorts above every number here.
 
-    Raises ValueError if shapes or devices disagree, an input is not floating point or ``num_visible`` is out of range.
+    Raises ValueError if shapes or devices disagree, an input is not floating point, ``num_visible`` is out of range or
+    ``impl`` cannot run here.
     """
     check_floating("logits", logits_BN, (None, None), "BN")
     check_floating("noise", noise_BN, tuple(logits_BN.shape), "BN")
     check_same_device("noise", noise_BN, logits_BN.device)
     _check_num_visible(num_visible, logits_BN.shape[1])
-    return TokenSplit(*_sample_visible(logits_BN.detach(), noise_BN.detach(), num_visible))
+    operation = choose(_sample_visible, impl, logits_BN.device)
+    return TokenSplit(*operation(logits_BN.detach(), noise_BN.detach(), num_visible))
 
 
-def split_tokens(visible_ids_BK: Tensor, num_tokens: int) -> TokenSplit:
+def split_tokens(visible_ids_BK: Tensor, num_tokens: int, *, impl: Impl = "auto") -> TokenSplit:
     """Return the split in which exactly ``visible_ids_BK`` (int64, any order) are visible among ``num_tokens``.
 
-    Raises ValueError if the ids are not int64 (B, K), K is not in 1 … N, or, for ids on the CPU, one is out of range or
-    named twice.
+    Raises ValueError if the ids are not int64 (B, K), K is not in 1 … N, ``impl`` cannot run here, or, for ids on the
+    CPU, one is out of range or named twice.
     """
     if visible_ids_BK.dim() != 2:
         raise ValueError(f"visible_ids has {describe(visible_ids_BK)}; pass int64 token ids of shape (B, K)")
     check_ids("visible_ids", visible_ids_BK, visible_ids_BK.shape[0], visible_ids_BK.device)
     _check_num_visible(visible_ids_BK.shape[1], num_tokens)
-    return TokenSplit(*_split_tokens(visible_ids_BK, num_tokens))
+    return TokenSplit(*choose(_split_tokens, impl, visible_ids_BK.device)(visible_ids_BK, num_tokens))
 
 
 def _check_num_visible(num_visible: int, num_tokens: int) -> None:

@@ -15,15 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd.function import once_differentiable
 
 from adamae_fast.ops.registry import (
+    Impl,
     accumulate_dtype,
     check_floating,
     check_id_range,
     check_ids,
     check_same_device,
+    choose,
     describe,
+    like,
     register,
     register_autograd,
 )
@@ -81,31 +85,34 @@ _sampling_loss_backward = register(_BACKWARD_SCHEMA, reference=_backward_referen
 
 class _SamplingLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_BN: Tensor, masked_ids_BM: Tensor, error_BM: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, overload: OpOverload, logits_BN: Tensor, masked_ids_BM: Tensor, error_BM: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.backward_operation = like(overload, _sampling_loss_backward)
         with torch._C._AutoDispatchBelowAutograd():
-            loss_B, normalizer_B2 = _sampling_loss(logits_BN, masked_ids_BM, error_BM)
+            loss_B, normalizer_B2 = overload(logits_BN, masked_ids_BM, error_BM)
         ctx.save_for_backward(logits_BN, masked_ids_BM, error_BM, normalizer_B2)
         ctx.mark_non_differentiable(normalizer_B2)
         return loss_B, normalizer_B2
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_B: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        return _sampling_loss_backward(grad_B, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad_B: Tensor, _: Tensor) -> tuple[None, Tensor, None, None]:
+        return None, ctx.backward_operation(grad_B, *ctx.saved_tensors), None, None
 
 
 register_autograd(_sampling_loss, _SamplingLoss)
 
 
-def sampling_loss(logits_BN: Tensor, masked_ids_BM: Tensor, error_BM: Tensor) -> Tensor:
+def sampling_loss(logits_BN: Tensor, masked_ids_BM: Tensor, error_BM: Tensor, *, impl: Impl = "auto") -> Tensor:
     """Return the sampling loss of each clip, (B,) in fp32 (fp64 for fp64 logits); its mean over B is the paper's L_S.
 
     ``masked_ids_BM`` (int64) are distinct within a clip; ``error_BM`` is the reconstruction error of those tokens, a
     constant here. The gradient goes to ``logits_BN`` only, in their dtype, and is zero through clamped probabilities.
     Deterministic, differentiable once.
 
-    Raises ValueError if shapes, dtypes or devices disagree, no token is masked, or, for ids on the CPU, one is out of
-    range.
+    Raises ValueError if shapes, dtypes or devices disagree, no token is masked, ``impl`` cannot run here, or, for
+    ids on the CPU, one is out of range.
     """
     check_floating("logits", logits_BN, (None, None), "BN")
     check_ids("masked_ids", masked_ids_BM, logits_BN.shape[0], logits_BN.device)
@@ -113,5 +120,5 @@ def sampling_loss(logits_BN: Tensor, masked_ids_BM: Tensor, error_BM: Tensor) ->
         raise ValueError(f"masked_ids has {describe(masked_ids_BM)}; the loss is a mean over at least one masked token")
     check_floating("error", error_BM, tuple(masked_ids_BM.shape), "BM")
     check_same_device("error", error_BM, logits_BN.device)
-    loss_B: Tensor = _sampling_loss(logits_BN, masked_ids_BM, error_BM.detach())[0]
+    loss_B: Tensor = choose(_sampling_loss, impl, logits_BN.device)(logits_BN, masked_ids_BM, error_BM.detach())[0]
     return loss_B

@@ -123,7 +123,10 @@ def test_sampler_variants_of_table_1f(sampler):
     output = model(video())
     output.loss.backward()
     assert output.logits.isfinite().all()
-    assert all(p.grad is not None and p.grad.any() for p in model.sampler.parameters())
+    # The head's bias shifts all logits alike, which changes no probability: its gradient is 0 up to rounding.
+    gradients = {name: p.grad for name, p in model.sampler.named_parameters()}
+    assert gradients.pop("head.bias").abs().max() < 1e-6
+    assert all(grad is not None and grad.any() for grad in gradients.values())
 
 
 def test_mlp_sampler_sees_each_token_alone():

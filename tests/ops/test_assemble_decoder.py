@@ -5,6 +5,8 @@ from torch import Tensor
 from adamae_fast.ops.assemble_decoder import assemble_decoder
 from adamae_fast.testing import ODD_SHAPES, InputFactory, OpShape, assert_within_budget, scattered_in_memory
 
+pytestmark = pytest.mark.usefixtures("each_impl")
+
 SHAPES = [OpShape(), *ODD_SHAPES]
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from adamae_fast.ops.masked_patch_loss import Error, Target, masked_patch_loss, patch_targets
 from adamae_fast.testing import ODD_SHAPES, InputFactory, OpShape, assert_within_budget, scattered_in_memory
 
+pytestmark = pytest.mark.usefixtures("each_impl")
+
 SHAPE = OpShape(grid=(2, 3, 5))
 SIZES = {"tubelet_size": SHAPE.tubelet_size, "patch_size": SHAPE.patch_size}
 PUBLISHED_TOKEN = OpShape(grid=(1, 2, 2), tubelet_size=2, patch_size=16, num_visible=1)

@@ -6,6 +6,8 @@ from torch import Tensor
 from adamae_fast.ops.patchify import IMAGENET_MEAN, IMAGENET_STD, embed_tubelets, patchify
 from adamae_fast.testing import ODD_SHAPES, InputFactory, OpShape, assert_within_budget, scattered_in_memory
 
+pytestmark = pytest.mark.usefixtures("each_impl")
+
 SHAPE = OpShape(grid=(2, 3, 5))
 SIZES = {"tubelet_size": SHAPE.tubelet_size, "patch_size": SHAPE.patch_size}
 HALVES = [torch.bfloat16, torch.float16]

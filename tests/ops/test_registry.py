@@ -1,7 +1,12 @@
-"""Every registered operation, whatever it computes: tracing, autograd and compilation know it, any strides will do."""
+"""Every implementation of every registered operation, whatever it computes.
+
+Tracing, autograd and compilation know it, any strides will do, memory that it did not write never shows.
+"""
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +22,7 @@ from adamae_fast.ops.patchify import embed_tubelets, patchify
 from adamae_fast.ops.registry import registered_names
 from adamae_fast.ops.sample_visible import sample_visible, split_tokens
 from adamae_fast.ops.sampling_loss import sampling_loss
-from adamae_fast.testing import OPERATION_INPUTS, InputFactory, OpShape, scattered_in_memory
+from adamae_fast.testing import ODD_SHAPES, OPERATION_INPUTS, InputFactory, OpShape, scattered_in_memory
 
 for module in pkgutil.iter_modules(adamae_fast.ops.__path__):
     importlib.import_module(f"adamae_fast.ops.{module.name}")
@@ -26,8 +31,10 @@ every_operation = pytest.mark.parametrize("name", registered_names())
 every_gradient = pytest.mark.parametrize("name", [n for n, inputs in OPERATION_INPUTS.items() if inputs.differentiable])
 
 
-def operation(name: str):
-    return getattr(torch.ops.adamae_fast, name).default
+def operation(name: str, impl: str):
+    """The overload that runs the reference, or the one for which the dispatcher prefers C++."""
+    packet = getattr(torch.ops.adamae_fast, name)
+    return packet.reference if impl == "reference" else packet.default
 
 
 def tensors(value) -> list[Tensor]:
@@ -38,34 +45,47 @@ def map_tensors(function, arguments):
     return pytree.tree_map_only(Tensor, function, arguments)
 
 
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    was_enabled, was_filling = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(was_enabled)
+    torch.utils.deterministic.fill_uninitialized_memory = was_filling
+
+
 def test_no_operation_escapes() -> None:
     assert registered_names() == sorted(OPERATION_INPUTS)
 
 
 @every_operation
 @pytest.mark.parametrize("layout", ["contiguous", "scattered"])
-def test_opcheck(name: str, layout: str) -> None:
+def test_opcheck(name: str, impl: str, layout: str) -> None:
     inputs = OPERATION_INPUTS[name]
     for arguments in inputs.make_requiring_grad(InputFactory(OpShape())):
         if layout == "scattered":
             arguments = map_tensors(
                 lambda x: scattered_in_memory(x.detach()).requires_grad_(x.requires_grad), arguments
             )
-        torch.library.opcheck(operation(name), arguments)
+        torch.library.opcheck(operation(name, impl), arguments)
 
 
 @every_gradient
-def test_gradcheck(name: str) -> None:
+def test_gradcheck(name: str, impl: str) -> None:
     small = OpShape(grid=(2, 1, 2), tubelet_size=1, patch_size=2, num_visible=2, width=3)
     for arguments in OPERATION_INPUTS[name].make_requiring_grad(InputFactory(small, dtype=torch.float64)):
-        assert gradcheck(operation(name), arguments)
+        assert gradcheck(operation(name, impl), arguments)
 
 
 @every_gradient
-def test_has_no_second_derivative_and_says_so(name: str) -> None:
+def test_has_no_second_derivative_and_says_so(name: str, impl: str) -> None:
     inputs = OPERATION_INPUTS[name]
     arguments = inputs.make_requiring_grad(InputFactory(OpShape()))[0]
-    output = tensors(operation(name)(*arguments))[0]
+    output = tensors(operation(name, impl)(*arguments))[0]
     weights = torch.ones_like(output).requires_grad_()
     (grad, *_) = torch.autograd.grad(output, arguments[inputs.differentiable[0]], weights, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -73,12 +93,12 @@ def test_has_no_second_derivative_and_says_so(name: str) -> None:
 
 
 @every_operation
-def test_compiles_into_one_graph(name: str) -> None:
+def test_compiles_into_one_graph(name: str, impl: str) -> None:
     inputs = OPERATION_INPUTS[name]
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *arguments: operation(name)(*arguments), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *arguments: operation(name, impl)(*arguments), fullgraph=True, backend="aot_eager")
     arguments = inputs.make_requiring_grad(InputFactory(OpShape()))[0]
-    expected, actual = tensors(operation(name)(*arguments)), tensors(compiled(*arguments))
+    expected, actual = tensors(operation(name, impl)(*arguments)), tensors(compiled(*arguments))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     leaves = [arguments[i] for i in inputs.differentiable]
     if leaves:
@@ -87,7 +107,7 @@ def test_compiles_into_one_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_public_functions_compile_into_one_graph(dynamic: bool) -> None:
+def test_public_functions_compile_into_one_graph(dynamic: bool, each_impl: None) -> None:
     """Their checks, too, can be traced."""
     shape = OpShape()
     sizes = {"tubelet_size": shape.tubelet_size, "patch_size": shape.patch_size}
@@ -117,59 +137,96 @@ def test_public_functions_compile_into_one_graph(dynamic: bool) -> None:
 
 
 @every_operation
-def test_takes_any_strides(name: str) -> None:
+def test_takes_any_strides(name: str, impl: str) -> None:
     for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape(), dtype=torch.float64)):
         scattered = map_tensors(scattered_in_memory, arguments)
         assert not any(x.is_contiguous() for x in tensors(scattered))
-        expected, actual = tensors(operation(name)(*arguments)), tensors(operation(name)(*scattered))
+        expected, actual = tensors(operation(name, impl)(*arguments)), tensors(operation(name, impl)(*scattered))
         assert all(x.is_contiguous() for x in expected + actual)
         torch.testing.assert_close(actual, expected)
 
 
 @every_operation
-def test_takes_a_tensor_that_is_one_number_many_times(name: str) -> None:
+def test_takes_a_tensor_that_is_one_number_many_times(name: str, impl: str) -> None:
     """The gradient of a sum is one number expanded; ids must stay distinct and keep their values."""
     for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape(), dtype=torch.float64)):
         expanded = map_tensors(lambda x: x.flatten()[0].expand(x.shape) if x.dtype != torch.int64 else x, arguments)
         copied = map_tensors(Tensor.contiguous, expanded)
-        torch.testing.assert_close(operation(name)(*expanded), operation(name)(*copied))
+        torch.testing.assert_close(operation(name, impl)(*expanded), operation(name, impl)(*copied))
 
 
 @every_gradient
-def test_gradient_of_a_sum(name: str) -> None:
+def test_gradient_of_a_sum(name: str, impl: str) -> None:
     inputs = OPERATION_INPUTS[name]
     for arguments in inputs.make_requiring_grad(InputFactory(OpShape(), dtype=torch.float64)):
         leaves = [arguments[i] for i in inputs.differentiable]
-        output = tensors(operation(name)(*arguments))[0]
+        output = tensors(operation(name, impl)(*arguments))[0]
         from_sum = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
         torch.testing.assert_close(from_sum, torch.autograd.grad(output, leaves, torch.ones_like(output)))
 
 
 @every_operation
-def test_repeats_bit_by_bit_and_leaves_its_inputs_alone(name: str) -> None:
+def test_repeats_bit_by_bit_and_leaves_its_inputs_alone(name: str, impl: str) -> None:
     for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape())):
         before = map_tensors(Tensor.clone, arguments)
-        first, second = (operation(name)(*arguments) for _ in range(2))
+        first, second = (operation(name, impl)(*arguments) for _ in range(2))
         torch.testing.assert_close(first, second, rtol=0, atol=0)
         torch.testing.assert_close(tensors(arguments), tensors(before), rtol=0, atol=0)
 
 
 @every_operation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
+def test_autocast_changes_nothing(name: str, impl: str, dtype: torch.dtype) -> None:
     """Which dtype a model computes in is decided where the operation is called, once, and not inside."""
     for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape(), dtype=dtype)):
-        expected = operation(name)(*arguments)
+        expected = operation(name, impl)(*arguments)
         with torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(operation(name)(*arguments), expected, rtol=0, atol=0)
+            torch.testing.assert_close(operation(name, impl)(*arguments), expected, rtol=0, atol=0)
 
 
 @every_operation
-def test_reference_never_reads_a_value_back_from_the_device(name: str) -> None:
+def test_reference_never_reads_a_value_back_from_the_device(name: str, impl: str) -> None:
     """Tensors on the meta device have no values: nonzero, a boolean index or .item() would raise."""
     no_kernel_but_the_reference = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
     for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape())):
         without_values = map_tensors(lambda x: x.to("meta"), arguments)
-        actual = tensors(operation(name).redispatch(no_kernel_but_the_reference, *without_values))
-        for x, expected in zip(actual, tensors(operation(name)(*arguments)), strict=True):
+        actual = tensors(operation(name, impl).redispatch(no_kernel_but_the_reference, *without_values))
+        for x, expected in zip(actual, tensors(operation(name, impl)(*arguments)), strict=True):
             assert (x.shape, x.dtype, x.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
+@every_operation
+def test_implementations_agree_at_odd_shapes(name: str, impl: str) -> None:
+    """Ids and places exactly; numbers as closely as fp64 lets them."""
+    # A loss over no token at all is an error of the public function.
+    shapes = [shape for shape in ODD_SHAPES if shape.num_masked or not name.startswith("sampling_loss")]
+    for shape in shapes:
+        for arguments in OPERATION_INPUTS[name].make(InputFactory(replace(shape, batch_size=2), dtype=torch.float64)):
+            expected, actual = (tensors(operation(name, x)(*arguments)) for x in ("reference", impl))
+            for x, y in zip(actual, expected, strict=True):
+                exact = {} if y.is_floating_point() else {"rtol": 0, "atol": 0}
+                torch.testing.assert_close(x, y, **exact, equal_nan=True)
+
+
+@every_operation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_element_is_written(name: str, impl: str, dtype: torch.dtype, poisoned_memory: None) -> None:
+    """Memory that torch.empty hands out is full of NaN, or of the largest integer, and none of it may stay."""
+    assert torch.empty(3).isnan().all()
+    for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape(), dtype=dtype)):
+        for x in tensors(operation(name, impl)(*arguments)):
+            assert x.isfinite().all() if x.is_floating_point() else (x < 2**62).all()
+
+
+@every_operation
+def test_the_number_of_threads_changes_no_bit(name: str, impl: str) -> None:
+    """The shape is large enough for every parallel loop to be split."""
+    shape = OpShape(batch_size=4, grid=(8, 14, 14), patch_size=4, num_visible=78, width=96)
+    arguments = OPERATION_INPUTS[name].make(InputFactory(shape))[0]
+    if name.startswith("embed_tubelets"):
+        pytest.skip("PyTorch's own matrix product depends on it")
+    outputs = []
+    for num_threads in (1, 2, 1):
+        torch.set_num_threads(num_threads)
+        outputs.append(operation(name, impl)(*arguments))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)

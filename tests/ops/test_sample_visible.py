@@ -8,6 +8,8 @@ from torch import Tensor
 from adamae_fast.ops.sample_visible import TokenSplit, gumbel_noise, sample_visible, split_tokens
 from adamae_fast.testing import ODD_SHAPES, InputFactory, OpShape, scattered_in_memory
 
+pytestmark = pytest.mark.usefixtures("each_impl")
+
 
 def assert_is_split(split: TokenSplit, visible_ids: list[list[int]], num_tokens: int) -> None:
     """Everything that follows from the visible ids, spelled out in Python."""

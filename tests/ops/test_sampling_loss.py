@@ -8,6 +8,8 @@ from torch import Tensor
 from adamae_fast.ops.sampling_loss import PROBABILITY_EPS, sampling_loss
 from adamae_fast.testing import ODD_SHAPES, InputFactory, OpShape, assert_within_budget
 
+pytestmark = pytest.mark.usefixtures("each_impl")
+
 # One number for each clip: the largest error of a few clips would be a matter of luck.
 SHAPES = [replace(shape, batch_size=32) for shape in (OpShape(), *ODD_SHAPES) if shape.num_masked]
 

@@ -1,0 +1,243 @@
+// masked_patch_loss, its gradient, and patch_targets: formulas in adamae_fast/ops/masked_patch_loss.py.
+//
+// Each thread builds the target of one token at a time, a few KB that stay in its cache; no target reaches memory.
+#include "tubelets.h"
+
+namespace adamae {
+namespace {
+
+enum class Target { kNormalized, kMaeSt, kRaw };
+
+Target parse_target(const std::string& name) {
+  if (name == "normalized") return Target::kNormalized;
+  if (name == "mae_st") return Target::kMaeSt;
+  check(name == "raw", "target='", name, "': choose one of normalized, raw, mae_st");
+  return Target::kRaw;
+}
+
+bool parse_is_squared(const std::string& name) {
+  check(name == "mse" || name == "l1", "error='", name, "': choose one of mse, l1");
+  return name == "mse";
+}
+
+// Builds the target of one token after another, values ordered (t, h, w, c), in C (float or double).
+//
+// x - mean = (count · v - Σ v) / (255 · count), where the numerator is an exact integer, so that nothing cancels.
+template <class C>
+class TargetBuilder {
+ public:
+  TargetBuilder(const Tubelets& tubelets, Target target)
+      : tubelets_(tubelets),
+        target_(target),
+        row_size_(kChannels * tubelets.patch_size),
+        pixels_(tubelets.pixels_per_token()),
+        subtract_(row_size_),
+        divide_(row_size_),
+        values_(tubelets.pixels_per_token()) {}
+
+  const C* build(int64_t clip, int64_t token) {
+    const uint8_t* corner = tubelets_.corner(clip, token);
+    // A constant stride lets the compiler vectorise the usual case.
+    tubelets_.stride_w == 1 ? read(corner, std::integral_constant<int64_t, 1>()) : read(corner, tubelets_.stride_w);
+    const int64_t count = normalizers();
+    C* out = values_.data();
+    const uint8_t* pixel = pixels_.data();
+    for (int64_t row = 0; row < tubelets_.tubelet_size * tubelets_.patch_size; ++row) {
+      for (int64_t i = 0; i < row_size_; ++i) {
+        out[i] = static_cast<C>(static_cast<int32_t>(count) * pixel[i] - subtract_[i]) / divide_[i];
+      }
+      out += row_size_;
+      pixel += row_size_;
+    }
+    return values_.data();
+  }
+
+ private:
+  // Interleaves the channels and sums v and v² of each of them.
+  template <class Stride>
+  void read(const uint8_t* corner, Stride stride) {
+    uint8_t* out = pixels_.data();
+    std::fill(sum_, sum_ + kChannels, 0);
+    std::fill(sum_of_squares_, sum_of_squares_ + kChannels, 0);
+    const int64_t width = tubelets_.patch_size, step = stride;
+    for (int64_t t = 0; t < tubelets_.tubelet_size; ++t) {
+      for (int64_t h = 0; h < width; ++h) {
+        const uint8_t* first = corner + t * tubelets_.stride_t + h * tubelets_.stride_h;
+        for (int64_t c = 0; c < kChannels; ++c) {
+          const uint8_t* row = first + c * tubelets_.stride_c;
+          uint32_t sum = 0, sum_of_squares = 0;
+          for (int64_t w = 0; w < width; ++w) {
+            const uint32_t v = row[w * step];
+            sum += v;
+            sum_of_squares += v * v;
+          }
+          sum_[c] += sum;
+          sum_of_squares_[c] += sum_of_squares;
+        }
+        const uint8_t *red = first, *green = first + tubelets_.stride_c, *blue = green + tubelets_.stride_c;
+        for (int64_t w = 0; w < width; ++w) {
+          out[kChannels * w] = red[w * step];
+          out[kChannels * w + 1] = green[w * step];
+          out[kChannels * w + 2] = blue[w * step];
+        }
+        out += row_size_;
+      }
+    }
+  }
+
+  // Fills what is subtracted from count · v and what divides it, for a row of pixels; returns count.
+  int64_t normalizers() {
+    int64_t count = 1;
+    int32_t subtract[kChannels] = {0, 0, 0};
+    double divide[kChannels] = {255, 255, 255};
+    if (target_ != Target::kRaw) {
+      const bool per_channel = target_ == Target::kNormalized;
+      count = per_channel ? tubelets_.pixels_per_channel() : tubelets_.pixels_per_token();
+      for (int64_t c = 0; c < kChannels; ++c) {
+        const int64_t sum = per_channel ? sum_[c] : sum_[0] + sum_[1] + sum_[2];
+        const int64_t squares =
+            per_channel ? sum_of_squares_[c] : sum_of_squares_[0] + sum_of_squares_[1] + sum_of_squares_[2];
+        // Σ (count · v - Σ v)² = count · (count · Σ v² - (Σ v)²), exact in integers.
+        const double variance =
+            static_cast<double>(count) * static_cast<double>(count * squares - sum * sum) / (count - 1.0);
+        const double unit = 255.0 * count;
+        subtract[c] = static_cast<int32_t>(sum);
+        divide[c] = per_channel ? std::sqrt(variance) + unit * 1e-6 : std::sqrt(variance + unit * unit * 1e-6);
+      }
+    }
+    for (int64_t i = 0; i < row_size_; ++i) {
+      subtract_[i] = subtract[i % kChannels];
+      divide_[i] = static_cast<C>(divide[i % kChannels]);
+    }
+    return count;
+  }
+
+  const Tubelets& tubelets_;
+  const Target target_;
+  const int64_t row_size_;
+  int64_t sum_[kChannels], sum_of_squares_[kChannels];
+  std::vector<uint8_t> pixels_;
+  std::vector<int32_t> subtract_;
+  std::vector<C> divide_, values_;
+};
+
+// Calls body(i, target) for each masked token i of the batch, on torch's threads.
+template <class C, class Body>
+void for_each_target(const Tubelets& tubelets, Target target, const Tensor& ids_BM, const Body& body) {
+  // The largest count · v of a token must stay an int32.
+  check(tubelets.pixels_per_token() < (int64_t{1} << 22), "a token of ", tubelets.pixels_per_token(),
+        " pixels is too large; choose smaller tubelets");
+  const int64_t num_masked = ids_BM.size(1);
+  const auto* ids = data<int64_t>(ids_BM);
+  parallel_rows(ids_BM.numel(), tubelets.pixels_per_token(), [&](int64_t begin, int64_t end) {
+    TargetBuilder<C> builder(tubelets, target);
+    for (int64_t i = begin; i < end; ++i) body(i, builder.build(i / num_masked, ids[i]));
+  });
+}
+
+template <class T, class C>
+C squared_error(const T* prediction, const C* target, int64_t size) {
+  C sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < size; ++i) {
+    const C difference = static_cast<C>(prediction[i]) - target[i];
+    sum += difference * difference;
+  }
+  return sum;
+}
+
+template <class T, class C>
+C absolute_error(const T* prediction, const C* target, int64_t size) {
+  C sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < size; ++i) sum += std::abs(static_cast<C>(prediction[i]) - target[i]);
+  return sum;
+}
+
+Tensor patch_targets(const Tensor& video, const Tensor& masked_ids, int64_t tubelet_size, int64_t patch_size,
+                     std::string target, ScalarType dtype) {
+  const Tubelets tubelets(video, tubelet_size, patch_size);
+  const Target kind = parse_target(target);
+  const Tensor ids_BM = checked_ids("masked_ids", masked_ids, tubelets.batch_size, tubelets.num_tokens());
+  const int64_t size = tubelets.pixels_per_token();
+  Tensor out_BMP = torch::stable::new_empty(video, {ids_BM.size(0), ids_BM.size(1), size}, dtype);
+  with_floating_type("dtype", dtype, [&](auto type) {
+    using T = decltype(type);
+    auto* out = mutable_data<T>(out_BMP);
+    for_each_target<Compute<T>>(tubelets, kind, ids_BM, [&](int64_t i, const Compute<T>* values) {
+      for (int64_t p = 0; p < size; ++p) out[i * size + p] = static_cast<T>(values[p]);
+    });
+  });
+  return out_BMP;
+}
+
+Tensor masked_patch_loss(const Tensor& prediction, const Tensor& video, const Tensor& masked_ids, int64_t tubelet_size,
+                         int64_t patch_size, std::string target, std::string error) {
+  const Tubelets tubelets(video, tubelet_size, patch_size);
+  const Target kind = parse_target(target);
+  const bool is_squared = parse_is_squared(error);
+  const Tensor ids_BM = checked_ids("masked_ids", masked_ids, tubelets.batch_size, tubelets.num_tokens());
+  const int64_t size = tubelets.pixels_per_token();
+  check_shape("prediction", prediction, {ids_BM.size(0), ids_BM.size(1), size});
+  const Tensor prediction_BMP = contiguous(prediction);
+  Tensor out_BM = torch::stable::new_empty(prediction, ids_BM.sizes(), accumulate_type(prediction.scalar_type()));
+  with_floating_type("prediction", prediction.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using C = Compute<T>;
+    const auto* predicted = data<T>(prediction_BMP);
+    auto* out = mutable_data<C>(out_BM);
+    for_each_target<C>(tubelets, kind, ids_BM, [&](int64_t i, const C* values) {
+      const T* row = predicted + i * size;
+      out[i] = (is_squared ? squared_error(row, values, size) : absolute_error(row, values, size)) / size;
+    });
+  });
+  return out_BM;
+}
+
+Tensor masked_patch_loss_backward(const Tensor& grad, const Tensor& prediction, const Tensor& video,
+                                  const Tensor& masked_ids, int64_t tubelet_size, int64_t patch_size,
+                                  std::string target, std::string error) {
+  const Tubelets tubelets(video, tubelet_size, patch_size);
+  const Target kind = parse_target(target);
+  const bool is_squared = parse_is_squared(error);
+  const Tensor ids_BM = checked_ids("masked_ids", masked_ids, tubelets.batch_size, tubelets.num_tokens());
+  const int64_t size = tubelets.pixels_per_token();
+  check_shape("prediction", prediction, {ids_BM.size(0), ids_BM.size(1), size});
+  check_shape("grad", grad, {ids_BM.size(0), ids_BM.size(1)});
+  const Tensor prediction_BMP = contiguous(prediction);
+  const Tensor grad_BM = contiguous_as(grad, accumulate_type(prediction.scalar_type()));
+  Tensor out_BMP = torch::stable::new_empty(prediction, prediction.sizes());
+  with_floating_type("prediction", prediction.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using C = Compute<T>;
+    const auto* predicted = data<T>(prediction_BMP);
+    const auto* factors = data<C>(grad_BM);
+    auto* out = mutable_data<T>(out_BMP);
+    for_each_target<C>(tubelets, kind, ids_BM, [&](int64_t i, const C* values) {
+      const C factor = factors[i] / size;
+      const T* row = predicted + i * size;
+      T* out_row = out + i * size;
+      if (is_squared) {
+        for (int64_t p = 0; p < size; ++p) {
+          out_row[p] = static_cast<T>(2 * (static_cast<C>(row[p]) - values[p]) * factor);
+        }
+      } else {
+        for (int64_t p = 0; p < size; ++p) {
+          const C difference = static_cast<C>(row[p]) - values[p];
+          out_row[p] = static_cast<T>(static_cast<C>((difference > 0) - (difference < 0)) * factor);
+        }
+      }
+    });
+  });
+  return out_BMP;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(adamae_fast, CPU, m) {
+  m.impl("patch_targets", TORCH_BOX(&patch_targets));
+  m.impl("masked_patch_loss", TORCH_BOX(&masked_patch_loss));
+  m.impl("masked_patch_loss_backward", TORCH_BOX(&masked_patch_loss_backward));
+}
+
+}  // namespace adamae
