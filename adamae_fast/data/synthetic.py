@@ -1,10 +1,14 @@
 """A small labelled set of real video files, rendered and encoded here: nothing is downloaded.
 
-Textured sprites move, turn, grow or shrink in front of a smooth background that pans slowly; the class of a video is
-the kind of motion. The background is predictable from its surroundings (low frequencies, light from above) and the
-sprites are not (fine, high-contrast texture), so reconstruction error is highest on what moves. The true boxes of the
-sprites are kept beside each clip. A few small textured marks belong to the background and pan with it: they are texture
-that does not move in its own right, and have no box.
+Textured sprites move, turn, grow or shrink over a textured background that pans slowly; the class of a video is the
+kind of motion, and the sprites' true boxes are kept beside each clip. Distractors, as many, as large and of the same
+textures as the sprites, are fixed to the background: they pan with it and have no box.
+
+What the adaptivity figure (``report.adaptivity``) shows on this set: how much the mask favours the sprites over all
+else, distractors included; an untrained sampler already favours strong texture a little, so training is to be judged by
+the difference. What it cannot show is that a mask follows motion rather than texture. Background is predicted early,
+from its light and coarse structure; to fill in a distractor better than a sprite, a model has to carry texture from one
+moment to another, which a few minutes of a small model do not teach. Until then its mask favours both about alike.
 
 Layout of the output folder::
 
@@ -158,9 +162,7 @@ def render(
     One or two sprites perform the same ``motion`` (one of MOTIONS), in lanes of their own.
     """
     frames_THWC = _background(rng, num_frames, width, height)
-    num_objects = int(rng.integers(1, 3))
-    diameter = float(np.sqrt(rng.uniform(0.12, 0.18) * width * height / num_objects))
-    diameter = min(diameter, 0.5 * min(width, height))  # in long frames, so that a grown sprite still fits
+    num_objects, diameter = _count_and_diameter(rng, width, height)
     paths = _paths(motion, rng, num_objects, num_frames, width, height)
     boxes_TO4 = np.empty((num_frames, num_objects, 4))
     for o, path in enumerate(paths):
@@ -226,35 +228,54 @@ def _noise(rng: np.random.Generator, height: int, width: int, cell: float) -> Fl
     return noise_HW * np.float32(315 / 151)
 
 
+def _count_and_diameter(rng: np.random.Generator, width: int, height: int) -> tuple[int, float]:
+    """How many sprites (one or two) and their diameter: their squares have 8 to 12 % of the frame's area in all."""
+    count = int(rng.integers(1, 3))
+    diameter = float(np.sqrt(rng.uniform(0.08, 0.12) * width * height / count))
+    return count, min(diameter, 0.5 * min(width, height))  # in long frames, so that a grown sprite still fits
+
+
 def _background(rng: np.random.Generator, num_frames: int, width: int, height: int) -> Floats:
-    """A soft two-coloured scene with small marks, panned slowly in one direction, lit from above: (T, H, W, C)."""
-    margin = round(0.14 * height) + 2
-    rows, columns = height + 2 * margin, width + 2 * margin
-    mix_HW = np.full((rows, columns), 0.5, dtype=np.float32)
-    for cell, strength in ((0.45, 0.26), (0.22, 0.12), (0.11, 0.05)):
-        mix_HW += strength * _noise(rng, rows, columns, cell * height)
-    hue = rng.uniform()
-    first, second = (
-        np.array(hsv_to_rgb((hue + shift) % 1, rng.uniform(0.25, 0.55), rng.uniform(0.55, 0.72)), dtype=np.float32)
-        for shift in (0, rng.uniform(0.15, 0.4))
-    )
-    scene_HWC = first + mix_HW[:, :, None] * (second - first)
-    for _ in range(3):
-        size = round(0.14 * height * rng.uniform(0.7, 1.2))
-        x, y = rng.uniform(margin, columns - margin), rng.uniform(margin, rows - margin)
-        _draw(scene_HWC, 0.8 * _sprite(rng, size), x, y, 0.5, rng.uniform(0, 2 * np.pi))
-    direction = rng.uniform(0, 2 * np.pi)
-    distance = rng.uniform(0.06, 0.14) * height
-    light_H11 = np.linspace(0.24, -0.24, height, dtype=np.float32)[:, None, None]
+    """A textured scene, lit from above, that pans slowly in one direction, distractors with it: (T, H, W, C)."""
+    margin = round(0.1 * height) + 2
+    scene_HWC = _texture(rng, height + 2 * margin, width + 2 * margin, height)
+    direction, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0.04, 0.10) * height
+    light_H11 = np.linspace(0.38, -0.34, height, dtype=np.float32)[:, None, None]
+    count, diameter = _count_and_diameter(rng, width, height)
+    abreast = rng.uniform() < 0.5
+    distractors = []
+    for o in range(count):
+        # Two distractors get half of the frame each, so that neither hides the other.
+        lane, free = (o + 0.5) / count + rng.uniform(-0.08, 0.08), rng.uniform(0.2, 0.8)
+        x, y = (lane, free) if abreast else (free, lane)
+        distractors.append((_sprite(rng, round(diameter)), x * width, y * height, rng.uniform(0, 2 * np.pi)))
+
     frames_THWC = np.empty((num_frames, height, width, 3), dtype=np.float32)
     for t in range(num_frames):
         shift = distance * (t / (num_frames - 1) - 0.5)
-        x, y = margin + shift * np.cos(direction), margin + shift * np.sin(direction)
-        left, top = int(x), int(y)
+        dx, dy = shift * np.cos(direction), shift * np.sin(direction)
+        left, top = int(margin + dx), int(margin + dy)
+        right, down = np.float32(margin + dx - left), np.float32(margin + dy - top)
         wide = scene_HWC[top : top + height + 1, left : left + width + 1]
-        wide = wide[:-1] + np.float32(y - top) * (wide[1:] - wide[:-1])
-        frames_THWC[t] = wide[:, :-1] + np.float32(x - left) * (wide[:, 1:] - wide[:, :-1]) + light_H11
+        wide = wide[:-1] + down * (wide[1:] - wide[:-1])
+        frames_THWC[t] = wide[:, :-1] + right * (wide[:, 1:] - wide[:, :-1]) + light_H11
+        for sprite_SSA, x, y, angle in distractors:
+            _draw(frames_THWC[t], sprite_SSA, x - dx, y - dy, 1.0, angle)
     return frames_THWC
+
+
+def _texture(rng: np.random.Generator, rows: int, columns: int, height: int) -> Floats:
+    """Noise of many octaves between two colours, with darker veins: like stone, ground or cloth. (rows, columns, C)."""
+    mix_HW = np.full((rows, columns), 0.5, dtype=np.float32)
+    for cell, strength in ((0.45, 0.20), (0.22, 0.10), (0.11, 0.07), (0.055, 0.06), (0.028, 0.07)):
+        mix_HW += strength * _noise(rng, rows, columns, cell * height)
+    hue = rng.uniform()
+    first, second = (
+        np.array(hsv_to_rgb((hue + shift) % 1, rng.uniform(0.25, 0.55), value), dtype=np.float32)
+        for shift, value in ((0, rng.uniform(0.42, 0.5)), (rng.uniform(0.12, 0.3), rng.uniform(0.64, 0.74)))
+    )
+    veins_HW = np.exp(-((_noise(rng, rows, columns, 0.2 * height) / 0.12) ** 2))
+    return first + (mix_HW - 0.2 * veins_HW)[:, :, None] * (second - first)
 
 
 def _sprite(rng: np.random.Generator, size: int) -> Floats:

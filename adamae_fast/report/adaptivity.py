@@ -34,7 +34,11 @@ class AdaptivityResult(TypedDict):
     """What :func:`measure_adaptivity` found, ready for JSON."""
 
     adaptive: Figure
+    """Masks of the trained sampler."""
+    untrained: Figure
+    """Masks of the same sampler before its first step: what training adds is the difference."""
     random: Figure
+    """Masks that look at nothing."""
     box_share: float
     """Share of all tokens that lies on moving boxes."""
     num_clips: int
@@ -89,20 +93,12 @@ def _union_in_cells(boxes_O4: NDArray[np.float64], rows: int, columns: int) -> N
     return np.add.reduceat(by_row, np.searchsorted(x, np.arange(columns)), axis=1)
 
 
-def adaptivity(coverage_BN: NDArray[np.floating], visible_ids_BK: NDArray[np.integer]) -> float:
-    """Mean coverage of the visible tokens over mean coverage of all tokens, pooled over clips.
-
-    Its expectation is exactly 1 for uniformly random ids. Clips without boxes have no say. Raises ValueError if no clip
-    has any.
-    """
-    return adaptivity_figure(coverage_BN, visible_ids_BK[None])["value"]
-
-
 def adaptivity_figure(coverage_BN: NDArray[np.floating], visible_ids_RBK: NDArray[np.integer]) -> Figure:
-    """Like :func:`adaptivity`, over R draws of the mask, with the standard error over clips.
+    """Mean coverage of the visible tokens over mean coverage of all tokens, pooled over clips and R draws of the mask.
 
-    The error is that of a ratio of means (first-order), with a clip's draws averaged first, because draws of one clip
-    are not independent evidence.
+    Its expectation is exactly 1 for uniformly random ids. Clips without boxes have no say. The standard error is that
+    of a ratio of means over clips (first-order), with a clip's draws averaged first, because draws of one clip are not
+    independent evidence. Raises ValueError if no clip has any box.
     """
     all_B = np.asarray(coverage_BN, dtype=np.float64).mean(axis=1)
     with_boxes = all_B > 0
@@ -121,8 +117,27 @@ def adaptivity_figure(coverage_BN: NDArray[np.floating], visible_ids_RBK: NDArra
     return {"value": float(value), "standard_error": float(error)}
 
 
+def sampler_logits(model: AdaMAE, videos: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Logits (B, N) of uint8 clips (B, 3, T, H, W), in eval mode, without encoder and decoder; fp32.
+
+    Raises ValueError for a model without a sampler.
+    """
+    if model.sampler is None:
+        raise ValueError(
+            f"mask.strategy={model.mask_config.strategy!r}: adaptivity is measured on models with a sampler (adaptive)"
+        )
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = [model.sampler(model.tokenizer(batch.to(device))).float() for batch in videos.split(batch_size)]
+    model.train(was_training)
+    return torch.cat(logits)
+
+
 def measure_adaptivity(
     model: AdaMAE,
+    untrained: AdaMAE,
     videos: torch.Tensor,
     coverage_BN: NDArray[np.floating],
     *,
@@ -130,10 +145,13 @@ def measure_adaptivity(
     repeats: int = 8,
     batch_size: int = 8,
 ) -> AdaptivityResult:
-    """Adaptivity of the model's masks and of random masks with as many visible tokens, over the same clips.
+    """Adaptivity of the masks of a model, of the model before training, and of random masks, over the same clips.
+
+    All draw as many visible tokens, from the same noise.
 
     Args:
-        model: a model with a sampler (mask.strategy=adaptive), on the device to be used; run in eval mode.
+        model: a model with a sampler (mask.strategy=adaptive), on the device to be used.
+        untrained: the same configuration with its initial weights, on the same device.
         videos: uint8 (B, 3, T, H, W) clips.
         coverage_BN: :func:`box_coverage` of each clip.
         seed: source of all masks.
@@ -142,28 +160,20 @@ def measure_adaptivity(
 
     Raises ValueError for a model without a sampler, or where no clip shows a box.
     """
-    if model.sampler is None:
-        raise ValueError(
-            f"mask.strategy={model.mask_config.strategy!r}: adaptivity is measured on models with a sampler (adaptive)"
-        )
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        outputs = [model(batch.to(device), generator=generator) for batch in videos.split(batch_size)]
-        logits_BN = torch.cat([output.logits for output in outputs])
-    model.train(was_training)
+    shape = (len(videos), model.grid.num_tokens)
+    noises = [gumbel_noise(shape, device=device, generator=generator) for _ in range(repeats)]
 
-    def draw(strategy: MaskStrategy) -> Figure:
-        noises = [gumbel_noise(logits_BN.shape, device=device, generator=generator) for _ in range(repeats)]
+    def draw(strategy: MaskStrategy, logits_BN: torch.Tensor | None = None) -> Figure:
         splits = [strategy(model.grid, model.mask_config.ratio, noise_BN, logits_BN) for noise_BN in noises]
         visible_ids_RBK = torch.stack([split.visible_ids_BK for split in splits]).cpu().numpy()
         return adaptivity_figure(coverage_BN, visible_ids_RBK)
 
     share_B = coverage_BN.mean(axis=1)
     return {
-        "adaptive": draw(model.strategy),
+        "adaptive": draw(model.strategy, sampler_logits(model, videos, batch_size)),
+        "untrained": draw(model.strategy, sampler_logits(untrained, videos, batch_size)),
         "random": draw(STRATEGIES["random"]),
         "box_share": float(share_B[share_B > 0].mean()),
         "num_clips": int((share_B > 0).sum()),

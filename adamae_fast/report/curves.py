@@ -36,13 +36,9 @@ def line_chart(
     """One metric over the run. ``label`` names it to screen readers; ``colour`` is a CSS class of the page.
 
     Runs with many logged lines are averaged to at most 400 points; from 40 points on, with ``smooth``, the points are a
-    thin line and their running mean is the thick one. Non-finite values are left out.
+    thin line and their running mean is the thick one. ``values`` are finite and at least one (``figures.series``).
     """
-    x, y = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
-    if len(x) == 0:
-        raise ValueError(f"{label}: no finite value to draw")
-    x, y = _mean_of_bins(x), _mean_of_bins(y)
+    x, y = (_mean_of_bins(np.asarray(numbers, dtype=np.float64)) for numbers in (steps, values))
     x_ticks, y_ticks = _ticks(x.min(), x.max(), 5), _ticks(y.min(), y.max(), 4)
     x_low, x_high = x.min(), x.max() if x.max() > x.min() else x.min() + 1
     y_low, y_high = min(y_ticks[0], y.min()), max(y_ticks[-1], y.max())
@@ -71,10 +67,14 @@ def line_chart(
 
 
 def adaptivity_bars(result: AdaptivityResult) -> Markup:
-    """Two bars from 0, adaptive and random, with ± one standard error and a line at 1."""
-    rows = (("Adaptive", "a", result["adaptive"]), ("Random", "neutral", result["random"]))
+    """Bars from 0 for the trained sampler, the untrained one and random masks, ± one standard error; a line at 1."""
+    rows = (
+        ("Trained", "a", result["adaptive"]),
+        ("Untrained", "c", result["untrained"]),
+        ("Random", "neutral", result["random"]),
+    )
     left, right, row_height = 84, 118, 44
-    height = 2 * row_height + 30
+    height = len(rows) * row_height + 30
     largest = max(1.0, *(figure["value"] + (figure["standard_error"] or 0) for _, _, figure in rows))
     ticks = _ticks(0, largest, 5)
     high = max(ticks[-1], largest)
@@ -99,7 +99,7 @@ def adaptivity_bars(result: AdaptivityResult) -> Markup:
             label += f" ± {error:.2f}"
         parts.append(_text(label, end + 10, middle + 5, anchor="start", style="strong"))
     parts.append(_line("reference", place(1), 0, place(1), height - 26))
-    return _svg(WIDTH, height, "Adaptivity of adaptive and random masks", parts)
+    return _svg(WIDTH, height, "Adaptivity of trained, untrained and random masks", parts)
 
 
 def _line(style: str, x1: float, y1: float, x2: float, y2: float) -> str:

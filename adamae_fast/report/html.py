@@ -7,13 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
 
 from adamae_fast.report.adaptivity import AdaptivityResult
 from adamae_fast.report.curves import adaptivity_bars, compact_number, line_chart
+from adamae_fast.report.figures import LAST_LINES, headline, series
 from adamae_fast.run_folder import RunFolder
 
 CHARTS = (
@@ -25,8 +25,6 @@ CHARTS = (
     ("grad_norm", "Gradient norm", "c"),
 )
 MAX_QUARANTINE_ROWS = 200
-SMOOTHED_LINES = 5
-"""Logged lines whose mean is the last loss: one batch alone says little."""
 
 
 @dataclass(frozen=True)
@@ -127,17 +125,11 @@ def _data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of the lines that hold a number under ``key``."""
-    lines = [line for line in metrics if isinstance(line.get(key), (int, float))]
-    return [float(line["step"]) for line in lines], [float(line[key]) for line in lines]
-
-
 def _charts(metrics: Sequence[dict[str, Any]]) -> list[Chart]:
-    """One chart for each known metric that was logged at least twice and is not always the same zero."""
+    """One chart for each known metric that has at least two finite values and is not always the same zero."""
     charts = []
     for key, title, colour in CHARTS:
-        steps, values = _series(metrics, key)
+        steps, values = series(metrics, key)
         if len(values) > 1 and any(values):
             svg = line_chart(steps, values, label=title, colour=colour, smooth=key != "lr")
             charts.append(Chart(title, compact_number(values[-1]), svg))
@@ -145,26 +137,24 @@ def _charts(metrics: Sequence[dict[str, Any]]) -> list[Chart]:
 
 
 def _cards(metrics: Sequence[dict[str, Any]], num_quarantined: int, adaptivity: AdaptivityResult | None) -> list[Card]:
-    """The headline figures that this run has; speed and waiting are means over all logged lines."""
+    """The headline figures that this run has."""
     cards = []
-    _, losses = _series(metrics, "loss")
-    if losses and losses[0]:
-        first, last = losses[0], fmean(losses[-SMOOTHED_LINES:])
-        fall = f"{(last / first - 1) * 100:+.0f} %".replace("-", "−")
-        note = (
-            f"{compact_number(first)} → {compact_number(last)}, mean of the last {len(losses[-SMOOTHED_LINES:])} lines"
-        )
-        cards.append(Card("Loss", fall, note))
+    run = headline(metrics)
+    first, last, fall = run["loss_first"], run["loss_last"], run["loss_fall"]
+    if first is not None and last is not None and fall is not None:
+        change = f"{-fall * 100:+.0f} %".replace("-", "−")
+        count = min(LAST_LINES, len(metrics))
+        note = f"{compact_number(first)} → {compact_number(last)}, mean of the last {count} lines"
+        cards.append(Card("Loss", change, note))
     if adaptivity:
-        note = f"random masks: {adaptivity['random']['value']:.2f}×"
+        untrained, random = adaptivity["untrained"]["value"], adaptivity["random"]["value"]
+        note = f"before training {untrained:.2f}×, random masks {random:.2f}×"
         cards.append(Card("Adaptivity", f"{adaptivity['adaptive']['value']:.2f}×", note))
-    _, rates = _series(metrics, "clips_per_second")
-    if rates:
-        cards.append(Card("Speed", compact_number(fmean(rates)), "mean over the run", "clips/s"))
-    _, waits = _series(metrics, "data_wait_share")
-    if waits:
-        cards.append(Card("Waiting for data", f"{fmean(waits) * 100:.0f} %", "of the time, on average"))
-    _, memory = _series(metrics, "memory_bytes")
+    if run["clips_per_second"] is not None:
+        cards.append(Card("Speed", compact_number(run["clips_per_second"]), "mean over the run", "clips/s"))
+    if run["data_wait_share"] is not None:
+        cards.append(Card("Waiting for data", f"{run['data_wait_share'] * 100:.0f} %", "of the time, on average"))
+    _, memory = series(metrics, "memory_bytes")
     if memory:
         cards.append(Card("Peak memory", f"{max(memory) / 2**30:.1f}", "GPU, or this process on a CPU", "GiB"))
     if metrics:

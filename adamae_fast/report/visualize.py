@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import sys
 from collections.abc import Sequence
@@ -52,9 +53,10 @@ class Report:
 def visualize(checkpoint: str, videos: list[str], out: str = "pictures", seed: int = 0, device: str = "auto") -> int:
     """Write a strip and a GIF for each video, and one HTML report with them and the run's curves.
 
-    The centre clip of each video is masked and reconstructed once, in eval mode and fp32; the same seed gives the same
-    pictures. Videos that have a file of boxes beside them also give the report's adaptivity figure. A video that cannot
-    be read is named with its reason; the others are still done.
+    The centre clip of each video is masked and reconstructed once, in eval mode and fp32. A video's mask follows from
+    the seed and its file's name, whatever other videos are given. Videos that have a file of boxes beside them also
+    give the report's adaptivity figure. A video that cannot be read is named with its reason; the others are still
+    done.
 
     Args:
         checkpoint: A checkpoint folder, or a run's folder, whose newest checkpoint is taken.
@@ -103,7 +105,7 @@ def write_report(
     Args:
         run: the folder whose metrics, quarantine and configuration are shown; what it lacks is left out.
         model: the trained model, on the device to be used; its mode is left as it was.
-        config: the run's configuration; gives stride, decoder and target.
+        config: the run's configuration; gives stride, decoder and target, and with its seed the untrained model.
         videos: paths of the videos to be pictured.
         boxed_videos: more videos for the adaptivity figure, not pictured. Of all videos, those count whose boxes are
             known (``data.synthetic.read_boxes``).
@@ -117,7 +119,7 @@ def write_report(
     figures: list[VideoFigure] = []
     clips, coverages, unreadable = [], [], []
     names = _file_names(videos)
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    device = next(model.parameters()).device
     if pictures is not None:
         Path(pictures).mkdir(parents=True, exist_ok=True)
     for video in dict.fromkeys([*videos, *boxed_videos]):
@@ -131,7 +133,7 @@ def write_report(
             clips.append(clip.video_CTHW)
             coverages.append(box_coverage(boxes_TO4, clip.frame_ids, clip.crop, model.grid))
         if video in names:
-            panels = picture_clip(model, clip.video_CTHW, generator)
+            panels = picture_clip(model, clip.video_CTHW, _mask_generator(device, seed, video))
             figure = _video_figure(model, video, clip, panels)
             figures.append(figure)
             if pictures is not None:
@@ -140,7 +142,8 @@ def write_report(
 
     adaptivity = None
     if model.sampler is not None and any(coverage.any() for coverage in coverages):
-        adaptivity = measure_adaptivity(model, torch.stack(clips), np.stack(coverages), seed=seed)
+        untrained = _initial_model(config).to(device)
+        adaptivity = measure_adaptivity(model, untrained, torch.stack(clips), np.stack(coverages), seed=seed)
     page = write_page(
         path or run.report,
         title=title or run.path.resolve().name,
@@ -183,6 +186,19 @@ def picture_clip(model: AdaMAE, video_CTHW: torch.Tensor, generator: torch.Gener
         grid=model.grid,
         target=model.loss_config.target,
     )
+
+
+def _mask_generator(device: torch.device, seed: int, video: str) -> torch.Generator:
+    """Source of one video's mask: independent of the other videos and of the folder that the video is in."""
+    digest = hashlib.sha256(f"{seed} {Path(video).name}".encode(errors="surrogateescape")).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4]))
+
+
+def _initial_model(config: PretrainConfig) -> AdaMAE:
+    """The model as a run of this configuration builds it, before its first step; torch's generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return AdaMAE(config.model, config.mask, config.loss)
 
 
 def _strip(model: AdaMAE, clip: CenterClip, panels: Sequence[Panel], max_cell: int | None) -> Image.Image:

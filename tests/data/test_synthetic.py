@@ -98,14 +98,15 @@ def test_boxes_hold_what_moves(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
-def test_boxes_are_the_extent_of_the_sprites(motion: str) -> None:
-    # The background is drawn first, so the same generator gives it again without sprites.
+def test_boxes_are_the_extent_of_the_sprites(motion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On grey, because a sprite's dark rim would not show on a dark background.
+    grey_THWC = np.full((10, 90, 120, 3), 0.5, dtype=np.float32)
+    monkeypatch.setattr(synthetic, "_background", lambda *_: grey_THWC.copy())
     size = {"num_frames": 10, "width": 120, "height": 90}
     counts = set()
-    for seed in range(4):
+    for seed in range(6):
         frames_THWC, boxes_TO4 = render(motion, np.random.default_rng(seed), **size)
-        empty_THWC = synthetic._background(np.random.default_rng(seed), 10, 120, 90)
-        changed_THW = np.abs(frames_THWC / 255 - empty_THWC.clip(0, 1)).max(axis=-1) > 0.01
+        changed_THW = np.abs(frames_THWC / 255 - grey_THWC).max(axis=-1) > 0.01
         assert frames_THWC.dtype == np.uint8
         assert boxes_TO4.min() >= 0
         assert (boxes_TO4.max(axis=(0, 1)) <= (120, 90, 120, 90)).all()
@@ -119,7 +120,7 @@ def test_boxes_are_the_extent_of_the_sprites(motion: str) -> None:
             assert region[-1].any(), (seed, t, o)
             assert region[:, 0].any(), (seed, t, o)
             assert region[:, -1].any(), (seed, t, o)
-            assert region.mean() > 0.5, (seed, t, o)
+            assert region.mean() > 0.4, (seed, t, o)  # a star that is a ring
         counts.add(boxes_TO4.shape[1])
     assert counts == {1, 2}
 
@@ -154,7 +155,7 @@ def test_labels_name_the_motion_of_the_boxes(folder: Path) -> None:
                 assert (np.abs(growth_O - 1) < 0.2).all()
 
 
-def test_background_is_predictable_and_sprites_are_not(folder: Path) -> None:
+def test_background_is_easier_to_predict_than_sprites(folder: Path) -> None:
     """Predict every token by the mean over the set, on normalised targets: the first thing that a model learns."""
     tokens, covered = [], []
     for path, _ in entries(folder):
@@ -167,7 +168,41 @@ def test_background_is_predictable_and_sprites_are_not(folder: Path) -> None:
         covered.append(inside(boxes_of(path), HEIGHT, WIDTH)[:, :112].reshape(cells).mean(axis=(1, 3, 5)).ravel())
     target, share = np.concatenate(tokens), np.concatenate(covered)
     error = ((target - target.mean(axis=0)) ** 2).mean(axis=(1, 2))
-    assert error[share > 0.5].mean() > 1.8 * error[share == 0].mean()
+    assert error[share > 0.5].mean() > 1.4 * error[share == 0].mean()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_background_is_textured_and_distractors_pan_with_it(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def background() -> NDArray[np.float32]:
+        return synthetic._background(np.random.default_rng(seed), NUM_FRAMES, WIDTH, HEIGHT)
+
+    frames_THWC = background()
+    monkeypatch.setattr(synthetic, "_draw", lambda *_: None)
+    plain_THWC = background()
+    covered_THW = np.abs(frames_THWC - plain_THWC).max(axis=-1) > 0.02
+    assert 0.05 < covered_THW.mean() < 0.2
+
+    # Texture: what is left of 16 x 16 pixels without their mean and slopes.
+    blocks = plain_THWC[0, :112].mean(axis=-1).reshape(7, 16, 10, 16).transpose(0, 2, 1, 3).reshape(70, 256)
+    y, x = np.mgrid[:16, :16]
+    plane = np.stack([np.ones(256), y.ravel(), x.ravel()], axis=1)
+    residual = blocks.T - plane @ np.linalg.lstsq(plane, blocks.T, rcond=None)[0]
+    assert residual.std() > 0.007
+
+    # Panning: horizontal differences, which the light does not touch, of the first frame are found again in the last.
+    detail_THW = np.diff(plain_THWC.mean(axis=-1), axis=2)
+    reach = 14
+    inner = (slice(reach, -reach), slice(reach, -reach))
+    shifts = [(dy, dx) for dy in range(-reach, reach + 1) for dx in range(-reach, reach + 1)]
+
+    def difference(shift: tuple[int, int]) -> float:
+        return float(np.abs(np.roll(detail_THW[0], shift, axis=(0, 1)) - detail_THW[-1])[inner].mean())
+
+    shift = min(shifts, key=difference)
+    assert np.hypot(*shift) > 0.03 * HEIGHT
+    assert difference(shift) < 0.7 * difference((0, 0))
+    moved_HW, last_HW = np.roll(covered_THW[0], shift, axis=(0, 1))[inner], covered_THW[-1][inner]
+    assert (moved_HW & last_HW).sum() > 0.85 * (moved_HW | last_HW).sum()
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:

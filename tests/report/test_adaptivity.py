@@ -1,12 +1,14 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from adamae_fast.config import MaskConfig, ModelConfig
+from adamae_fast.config import MaskConfig, ModelConfig, SamplerConfig
 from adamae_fast.data.clips import CropBox
 from adamae_fast.grid import TokenGrid
 from adamae_fast.model.adamae import AdaMAE
-from adamae_fast.report.adaptivity import adaptivity, adaptivity_figure, box_coverage, measure_adaptivity
+from adamae_fast.report.adaptivity import adaptivity_figure, box_coverage, measure_adaptivity, sampler_logits
 
 GRID = TokenGrid(num_frames=4, frame_size=32, tubelet_size=2, patch_size=8)
 
@@ -69,18 +71,17 @@ def test_coverage_names_what_does_not_fit(frame_ids, message):
 def test_ids_on_boxes_alone_give_the_inverse_of_the_share():
     coverage = np.zeros((2, 20))
     coverage[0, :5] = coverage[1, 10:15] = 1
-    assert adaptivity(coverage, np.array([[0, 2, 4], [10, 11, 14]])) == pytest.approx(1 / 0.25)
-    assert adaptivity(coverage, np.array([[5, 6, 7], [0, 1, 2]])) == 0
+    assert adaptivity_figure(coverage, np.array([[[0, 2, 4], [10, 11, 14]]]))["value"] == pytest.approx(1 / 0.25)
+    assert adaptivity_figure(coverage, np.array([[[5, 6, 7], [0, 1, 2]]]))["value"] == 0
 
 
 def test_clips_without_boxes_are_left_out_and_none_at_all_is_an_error():
     coverage = np.zeros((3, 20))
     coverage[0, :5] = coverage[2, :10] = 1
-    ids = np.array([[0, 1], [3, 4], [9, 10]])
-    assert adaptivity(coverage, ids) == adaptivity(coverage[[0, 2]], ids[[0, 2]])
-    assert adaptivity_figure(coverage, ids[None]) == adaptivity_figure(coverage[[0, 2]], ids[None][:, [0, 2]])
+    ids = np.array([[[0, 1], [3, 4], [9, 10]]])
+    assert adaptivity_figure(coverage, ids) == adaptivity_figure(coverage[[0, 2]], ids[:, [0, 2]])
     with pytest.raises(ValueError, match="none of the 1 clips"):
-        adaptivity(coverage[1:2], ids[1:2])
+        adaptivity_figure(coverage[1:2], ids[:, 1:2])
 
 
 def test_uniform_ids_give_one_within_their_standard_error_and_the_error_is_honest():
@@ -111,7 +112,7 @@ def model():
     return AdaMAE(sizes, MaskConfig(strategy="adaptive", ratio=0.75))
 
 
-def test_measure_finds_a_sampler_that_looks_at_the_boxes(model):
+def test_measure_finds_the_sampler_that_looks_at_the_boxes(model):
     videos = torch.randint(0, 256, (3, *GRID.video_shape), dtype=torch.uint8)
     coverage = np.zeros((3, GRID.num_tokens))
     coverage[:, 8:16] = 1  # 8 of 32 tokens, as many as are visible
@@ -122,17 +123,32 @@ def test_measure_finds_a_sampler_that_looks_at_the_boxes(model):
             logits_BN[:, 8:16] = 50.0
             return logits_BN
 
-    sampler = model.sampler
-    model.sampler = Biased()
-    model.train()
-    result = measure_adaptivity(model, videos, coverage, seed=1, repeats=16, batch_size=2)
-    again = measure_adaptivity(model, videos, coverage, seed=1, repeats=16, batch_size=2)
-    model.sampler = sampler
-    assert model.training
+    trained = copy.deepcopy(model).train()
+    trained.sampler = Biased()
+    result = measure_adaptivity(trained, model, videos, coverage, seed=1, repeats=16, batch_size=2)
+    again = measure_adaptivity(trained, model, videos, coverage, seed=1, repeats=16, batch_size=3)
+    swapped = measure_adaptivity(model, trained, videos, coverage, seed=1, repeats=16)
+    assert trained.training
     assert result == again
+    assert (swapped["adaptive"], swapped["untrained"]) == (result["untrained"], result["adaptive"])
     assert result["adaptive"] == {"value": pytest.approx(4.0), "standard_error": pytest.approx(0, abs=1e-9)}
     assert result["random"]["value"] == pytest.approx(1.0, abs=0.35)
+    assert 0 < result["untrained"]["value"] < 3
     assert (result["num_clips"], result["repeats"], result["box_share"]) == (3, 16, 0.25)
+
+
+def test_logits_are_those_of_the_whole_model_in_eval_mode():
+    torch.manual_seed(0)
+    sizes = ModelConfig(
+        size="nano", num_frames=4, frame_size=32, patch_size=8, sampler=SamplerConfig(dropout=0.5, detach_tokens=False)
+    )
+    model = AdaMAE(sizes, MaskConfig(strategy="adaptive", ratio=0.75))
+    videos = torch.randint(0, 256, (3, *GRID.video_shape), dtype=torch.uint8)
+    logits_BN = sampler_logits(model.train(), videos, batch_size=2)
+    assert model.training
+    assert not logits_BN.requires_grad
+    with torch.no_grad():
+        assert torch.allclose(logits_BN, model.eval()(videos).logits, atol=1e-5)
 
 
 def test_measure_refuses_models_without_a_sampler():
@@ -140,4 +156,6 @@ def test_measure_refuses_models_without_a_sampler():
         ModelConfig(size="nano", num_frames=4, frame_size=32, patch_size=8), MaskConfig(strategy="tube", ratio=0.75)
     )
     with pytest.raises(ValueError, match=r"mask\.strategy='tube'"):
-        measure_adaptivity(model, torch.zeros((1, *GRID.video_shape), dtype=torch.uint8), np.ones((1, GRID.num_tokens)))
+        measure_adaptivity(
+            model, model, torch.zeros((1, *GRID.video_shape), dtype=torch.uint8), np.ones((1, GRID.num_tokens))
+        )

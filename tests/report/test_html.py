@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,6 +18,7 @@ from adamae_fast.run_folder import RunFolder
 HOSTILE = "videos/<script>alert('x')</script>\"><img src=https://example.com/x.png onerror=alert(1)>&.mp4"
 ADAPTIVITY = {
     "adaptive": {"value": 1.84, "standard_error": 0.06},
+    "untrained": {"value": 1.17, "standard_error": 0.03},
     "random": {"value": 1.01, "standard_error": 0.02},
     "box_share": 0.147,
     "num_clips": 12,
@@ -42,7 +44,7 @@ def run(tmp_path):
             "loss_reconstruction": 2.0 / step,
             "loss_sampling": 7.0 - step / 100,
             "lr": 1e-4,
-            "grad_norm": float("nan") if step == 20 else 0.5,
+            "grad_norm": None if step == 20 else 0.5,
             "clips_per_second": 39.0 if step % 2 else 41.0,
             "data_wait_share": 0.25,
             "memory_bytes": 3 * 2**30,
@@ -118,7 +120,7 @@ def test_headlines_come_from_the_runs_files(page):
     text = re.sub(r"\s+", " ", Elements(page.read_text(encoding="utf-8")).text)
     for expected in (
         "Loss −99 % 2 → 0.0202, mean of the last 5 lines",
-        "Adaptivity 1.84× random masks: 1.01×",
+        "Adaptivity 1.84× before training 1.17×, random masks 1.01×",
         "Speed 40 clips/s",
         "Waiting for data 25 %",
         "Peak memory 3.0 GiB",
@@ -169,20 +171,35 @@ def test_line_chart_averages_long_runs_and_keeps_their_mean():
     assert len(svg) < 30_000
 
 
-def test_line_chart_copes_with_constant_and_missing_values():
-    points = svg_points(line_chart([1, 2, 3, 4], [0.5, float("nan"), 0.5, float("inf")], label="x"), "line a")
+def test_line_chart_of_a_constant_is_level():
+    points = svg_points(line_chart([1, 2], [0.5, 0.5], label="x"), "line a")
     assert len(points) == 2
     assert points[0, 1] == points[1, 1]
-    with pytest.raises(ValueError, match="x: no finite value"):
-        line_chart([1, 2], [float("nan")] * 2, label="x")
+
+
+def test_metrics_without_finite_values_are_left_out_and_others_drawn(tmp_path):
+    run = RunFolder(tmp_path)
+    loss_and_norm = ((None, None), (2.0, float("nan")), (None, None), (1.0, float("inf")))
+    lines = [
+        {"step": step, "loss": loss, "loss_reconstruction": loss, "grad_norm": norm, "clips_per_second": None}
+        for step, (loss, norm) in enumerate(loss_and_norm)
+    ]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    content = write_page(run.report, title="x", run=run).read_text(encoding="utf-8")
+    assert len(svg_points(re.search(r"<svg.*?</svg>", content, re.DOTALL)[0], "line a")) == 2
+    text = Elements(content).text
+    assert "Reconstruction loss" in text
+    for absent in ("Gradient norm", "clips/s", "mean of the last", "nan", "None"):
+        assert absent not in text
 
 
 def test_adaptivity_bars_are_in_proportion_and_marked():
     root = ElementTree.fromstring(str(adaptivity_bars(ADAPTIVITY)))
     widths = [float(e.get("width")) for e in root.iter() if (e.get("class") or "").startswith("bar")]
-    assert widths[0] / widths[1] == pytest.approx(1.84 / 1.01, rel=0.01)
+    assert np.array(widths) / widths[0] == pytest.approx(np.array([1.84, 1.17, 1.01]) / 1.84, rel=0.01)
     texts = [e.text for e in root.iter() if e.tag.endswith("text")]
-    assert "1.84× ± 0.06" in texts
+    assert [text for text in texts if text.isalpha()] == ["Trained", "Untrained", "Random"]
+    assert [text for text in texts if "±" in text] == ["1.84× ± 0.06", "1.17× ± 0.03", "1.01× ± 0.02"]
     single = {**ADAPTIVITY, "adaptive": {"value": 1.5, "standard_error": None}}
     assert ">1.50×<" in adaptivity_bars(single)
 
@@ -208,11 +225,14 @@ addEventListener("load", () => {
 """
 
 
-@pytest.mark.skipif(
+DEMO = Path(__file__).parents[2] / "runs" / "demo" / "report.html"
+in_browser = pytest.mark.skipif(
     BROWSER is None, reason="no Chromium or Chrome on this machine: the page is not opened in a browser"
 )
-@pytest.mark.parametrize("width", [1200, 500])
-def test_page_opens_in_a_browser_without_errors(page, tmp_path, width):
+
+
+def open_in_browser(page, tmp_path, width):
+    """Sizes of the page's images, requests to elsewhere and whether it is too wide, when it is open and quiet."""
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text(encoding="utf-8") + PROBE, encoding="utf-8")
     switches = (
@@ -232,5 +252,22 @@ def test_page_opens_in_a_browser_without_errors(page, tmp_path, width):
         timeout=60,
         check=True,
     )
-    assert "PROBE 1200x700 700x180 outside=0 overflow=false" in result.stdout
     assert "CONSOLE" not in result.stderr
+    *sizes, outside, overflow = re.search(r"PROBE ([^<]*)", result.stdout)[1].split()
+    return sizes, outside, overflow
+
+
+@in_browser
+@pytest.mark.parametrize("width", [1200, 500])
+def test_page_opens_in_a_browser_without_errors(page, tmp_path, width):
+    assert open_in_browser(page, tmp_path, width) == (["1200x700", "700x180"], "outside=0", "overflow=false")
+
+
+@in_browser
+@pytest.mark.skipif(not DEMO.is_file(), reason="runs/demo/report.html is not there: run `make demo` first")
+def test_the_demos_own_report_opens_in_a_browser_without_errors(tmp_path):
+    sizes, outside, overflow = open_in_browser(DEMO, tmp_path, 1200)
+    assert len(sizes) == DEMO.read_text(encoding="utf-8").count("<img ")
+    assert len(sizes) >= 2
+    assert all(int(width) > 0 for width, _ in (size.split("x") for size in sizes))
+    assert (outside, overflow) == ("outside=0", "overflow=false")

@@ -85,6 +85,18 @@ def test_command_writes_pictures_and_report_and_the_seed_decides(run, videos, tm
     assert "2 clips with known boxes" in " ".join(page.split())
 
 
+def test_a_videos_mask_does_not_depend_on_the_others(run, videos, tmp_path):
+    assert visualize(str(run.path), videos, out=str(tmp_path / "both")) == 0
+    assert visualize(str(run.path), videos[1:], out=str(tmp_path / "one")) == 0
+    both, one = contents(tmp_path / "both"), contents(tmp_path / "one")
+    name = Path(videos[1]).stem
+    assert both[f"{name}.png"] == one[f"{name}.png"]
+    twin = tmp_path / "another name.mp4"
+    twin.write_bytes(Path(videos[1]).read_bytes())
+    assert visualize(str(run.path), [str(twin)], out=str(tmp_path / "twin")) == 0
+    assert contents(tmp_path / "twin")["another name.png"] != one[f"{name}.png"]
+
+
 def test_boxes_lie_where_the_clip_moves(videos):
     """The crop of the boxes is the crop of the frames: what changes between frames is inside the boxes."""
     clip = read_center_clip(videos[0], CONFIG)
@@ -127,6 +139,8 @@ def test_report_measures_on_more_videos_than_it_pictures(videos, tmp_path):
     assert report.path == tmp_path / "run" / "report.html"
     assert report.unreadable == []
     assert report.adaptivity["num_clips"] == 2
+    # CONFIG.seed is what build_model uses: this model is the untrained one.
+    assert report.adaptivity["adaptive"] == report.adaptivity["untrained"]
     page = report.path.read_text()
     assert page.count("data:image/png") == 1
     assert [path.name for path in report.path.parent.iterdir()] == ["report.html"]
