@@ -1,0 +1,144 @@
+"""What every kernel owes its schema, as tests that :mod:`tests.kernels.interpreter` runs in a process of their own."""
+
+from dataclasses import replace
+
+import adamae_kernels
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from adamae_fast.testing import (
+    ODD_SHAPES,
+    OPERATION_INPUTS,
+    Arguments,
+    InputFactory,
+    OpShape,
+    assert_within_budget,
+    scattered_in_memory,
+)
+from tests.kernels.interpreter import reference
+
+NAMES = sorted(adamae_kernels.LAUNCHERS)
+PER_TOKEN = {"patch_targets", "masked_patch_loss", "masked_patch_loss_backward"}
+"""One program for each masked token, slow to interpret."""
+
+every_kernel = pytest.mark.parametrize("name", NAMES)
+
+
+def kernel(name: str, *arguments: object) -> list[Tensor]:
+    return pytree.tree_leaves(adamae_kernels.LAUNCHERS[name](*arguments))
+
+
+def in_fp64(arguments: Arguments) -> Arguments:
+    def convert(x: object) -> object:
+        if isinstance(x, Tensor):
+            return x.double() if x.is_floating_point() else x
+        return torch.float64 if isinstance(x, torch.dtype) else x
+
+    return tuple(map(convert, arguments))
+
+
+def calls(name: str, shape: OpShape, dtype: torch.dtype = torch.float32) -> list[Arguments]:
+    """The first and the last of the arguments: between them every target and error."""
+    made = OPERATION_INPUTS[name].make(InputFactory(shape, dtype=dtype))
+    return made[::5] if len(made) == 6 else made
+
+
+def shapes(name: str) -> list[OpShape]:
+    if name in PER_TOKEN:
+        return [OpShape(batch_size=1, grid=(2, 3, 2), patch_size=5), ODD_SHAPES[4]]
+    needs_masked = name.startswith("sampling_loss")
+    return [OpShape(), *(replace(s, patch_size=3) for s in ODD_SHAPES if s.num_masked or not needs_masked)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype"),
+    [(name, shape, dtype) for name in NAMES for shape in shapes(name) for dtype in (torch.float32, torch.bfloat16)]
+    + [(name, shapes(name)[0], torch.float16) for name in NAMES],
+)
+def test_is_as_right_as_the_reference(name: str, shape: OpShape, dtype: torch.dtype) -> None:
+    for arguments in calls(name, shape, dtype):
+        expected = pytree.tree_leaves(reference(name, *arguments))
+        truth = pytree.tree_leaves(reference(name, *in_fp64(arguments)))
+        actual = kernel(name, *arguments)
+        assert len(actual) == len(expected)
+        for x, formula, exact in zip(actual, expected, truth, strict=True):
+            assert (x.shape, x.dtype, x.is_contiguous()) == (formula.shape, formula.dtype, True)
+            if not x.is_floating_point():
+                assert torch.equal(x, formula)
+            elif x.numel():
+                assert_within_budget(x, formula, exact, largest_term=float(exact.abs().max()))
+
+
+@every_kernel
+def test_any_strides_give_the_same_bits_and_so_does_a_second_run(name: str) -> None:
+    for arguments in calls(name, OpShape(batch_size=2, grid=(2, 1, 3), num_visible=2, width=5)):
+        scattered = pytree.tree_map_only(Tensor, scattered_in_memory, arguments)
+        once = pytree.tree_map_only(Tensor, lambda x: x.flatten()[:1].expand(x.shape) if x.dim() == 1 else x, arguments)
+        expected = kernel(name, *arguments)
+        for same in (arguments, scattered):
+            assert all(map(torch.equal, kernel(name, *same), expected))
+        copied = pytree.tree_map_only(Tensor, lambda x: x.clone(memory_format=torch.contiguous_format), once)
+        assert all(map(torch.equal, kernel(name, *once), kernel(name, *copied)))
+
+
+@pytest.mark.parametrize("wrong", [-1, 15, 2**40])
+@pytest.mark.parametrize(
+    ("name", "position"),
+    [
+        ("gather_tokens", 1),
+        ("assemble_decoder", 3),
+        ("assemble_decoder", 4),
+        ("patch_targets", 1),
+        ("masked_patch_loss", 2),
+        ("masked_patch_loss_backward", 3),
+        ("sampling_loss", 1),
+        ("sampling_loss_backward", 2),
+    ],
+)
+def test_an_id_out_of_range_becomes_nan_and_nothing_else_changes(name: str, position: int, wrong: int) -> None:
+    arguments = list(calls(name, OpShape())[-1])
+    right = kernel(name, *arguments)[0]
+    arguments[position] = arguments[position].clone()
+    arguments[position][1, 2] = wrong
+    actual = kernel(name, *arguments)[0]
+    assert torch.equal(actual[0], right[0])
+    whole_clip = name.startswith("sampling_loss")
+    place = 2 + (4 if (name, position) == ("assemble_decoder", 4) else 0)
+    assert actual[1].isnan().all() if whole_clip else actual[1, place].isnan().all()
+    if not whole_clip:
+        assert int(actual.isnan().sum()) == actual[1, place].numel()
+
+
+@pytest.mark.parametrize("ids", [[3, 3, 1], [3, 7, 1], [3, -2, 1]])
+def test_a_token_named_twice_or_out_of_range_leaves_an_id_that_no_token_has(ids: list[int]) -> None:
+    visible, masked, slots = kernel("split_tokens", torch.tensor([ids, [0, 1, 2]]), 5)
+    assert visible.tolist() == [[1, 3, -1], [0, 1, 2]]
+    assert masked[1].tolist() == [3, 4]
+    assert slots.tolist() == [[3, 0, 4, 1, 5], [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("num_visible", [1, 700, 2099, 2100])
+def test_selects_among_ties_zeros_infinities_and_nan_as_a_stable_sort_does(num_visible: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 2100, generator=generator)
+    logits[1] = logits[1].round()
+    logits[2] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-45]).repeat(300)
+    noise = torch.full_like(logits, -0.0)
+    actual = kernel("sample_visible", logits, noise, num_visible)
+    assert all(map(torch.equal, actual, reference("sample_visible", logits, noise, num_visible)))
+
+
+def test_the_mask_tokens_gradient_sums_many_chunks() -> None:
+    grad = InputFactory(OpShape(batch_size=5, grid=(257, 1, 1), width=7)).tokens(257)
+    actual = kernel("assemble_decoder_backward", grad, 9, torch.float32)[1]
+    _, formula = reference("assemble_decoder_backward", grad, 9, torch.float32)
+    _, truth = reference("assemble_decoder_backward", grad.double(), 9, torch.float64)
+    assert_within_budget(actual, formula, truth, largest_term=float(truth.abs().max()))
+
+
+def test_a_token_too_large_for_32_bit_sums_is_refused() -> None:
+    video, ids = torch.zeros(1, 3, 4, 64, 64, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"a token has 49152 values.*smaller tubelets"):
+        kernel("patch_targets", video, ids, 4, 64, "normalized", torch.float32)
