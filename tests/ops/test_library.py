@@ -45,9 +45,9 @@ def test_the_library_knows_what_it_was_built_for() -> None:
 
 def test_info_says_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "reason_missing", "not built")
-    backends = {backend["name"]: backend for backend in info.collect()["backends"]}
-    assert not backends["cpp"]["available"]
-    assert "references" in backends["cpp"]["detail"]
+    backends = {backend.name: backend for backend in info.collect()[1]}
+    assert not backends["cpp"].available
+    assert "references" in backends["cpp"].detail
 
 
 @pytest.mark.parametrize(
