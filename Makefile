@@ -26,5 +26,5 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $(INSTALLED)
 
-clean: ## remove the environment and everything that runs wrote
-	rm -rf .venv runs build adamae_fast/_C*.so
+clean: ## remove the environment, what was built and what the demo wrote; other runs stay
+	rm -rf .venv runs/demo runs/demo-videos build adamae_fast/_C*.so

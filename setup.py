@@ -36,6 +36,8 @@ def cpp_build() -> dict[str, object]:
     if request not in ("0", "1", "auto"):
         raise SystemExit(f"ADAMAE_BUILD_CPP={request}: choose 0, 1 or auto")
     if request == "0":
+        for stale in Path("adamae_fast").glob("_C*.so"):
+            stale.unlink()
         say(f"C++ operations are not built (ADAMAE_BUILD_CPP=0): {LOST}")
         return {}
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import signal
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
@@ -74,6 +75,7 @@ def _check_arguments(parser: ArgumentParser) -> None:
 def _check(parser: ArgumentParser, arguments: Namespace) -> int:
     from adamae_fast.data.check import check_manifest
 
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as head may see enough before the end
     return check_manifest(**arguments.as_dict())
 
 
@@ -138,9 +140,6 @@ def _run(name: str, arguments: list[str]) -> int:
     try:
         command.add_arguments(parser)
         return command.run(parser, parser.parse_args(arguments))
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (ArgumentError, ValueError, OSError, RunStoppedError) as error:
         if os.environ.get("ADAMAE_DEBUG"):
             raise

@@ -379,6 +379,8 @@ class PretrainConfig:
                 messages.append(f"model.sampler has no effect: {reason}")
             if self.loss.sampling_weight != LossConfig().sampling_weight:
                 messages.append(f"loss.sampling_weight has no effect: {reason}")
+        if self.init_weights is not None and self.resume not in ("auto", "none"):
+            messages.append(f"init_weights has no effect: resume={self.resume} brings its own weights")
         if self.data.crop != "random_resized" and self.data.random_resized_scale != DataConfig().random_resized_scale:
             messages.append(f"data.random_resized_scale has no effect: data.crop={self.data.crop}")
         return messages

@@ -7,13 +7,20 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.yaml"
+LOCK_ATTEMPTS = 20
+"""Tenths of a second to wait for the lock: data workers of a killed run hold it until they notice."""
+
+log = logging.getLogger("adamae_fast")
+
 _CHECKPOINT_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -32,16 +39,26 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Make the folder and keep other processes from writing to it. Raises ValueError if one already does."""
+        """Make the folder and keep other processes from writing to it. Raises ValueError if one already does.
+
+        A file system without locks is used without one, with a warning.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"output_dir={str(self.path)!r}: another process is writing this run; stop it, or choose another "
-                    "output_dir"
-                ) from error
+            for attempt in range(LOCK_ATTEMPTS):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if attempt == LOCK_ATTEMPTS - 1:
+                        raise ValueError(
+                            f"output_dir={str(self.path)!r}: another process is writing this run; stop it, or choose "
+                            "another output_dir"
+                        ) from error
+                    time.sleep(0.1)
+                except OSError as error:
+                    log.warning("%s cannot be locked (%s): start no second process on this run", self.path, error)
+                    break
             yield
 
     def checkpoint(self, step: int) -> Path:

@@ -99,6 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> split_tokens(const Tensor& visible_ids, int64
   const int64_t batch_size = visible_ids.size(0), num_visible = visible_ids.size(1);
   const Tensor ids_BK = checked_ids("visible_ids", visible_ids, batch_size, num_tokens);
   check(num_visible <= num_tokens, "num_visible=", num_visible, ": choose 1 to ", num_tokens, ", the number of tokens");
+  const Split split(visible_ids, batch_size, num_visible, num_tokens);  // first: torch refuses sizes that overflow
   std::vector<uint8_t> is_visible(batch_size * num_tokens);
   const auto* ids = data<int64_t>(ids_BK);
   for (int64_t i = 0; i < ids_BK.numel(); ++i) {
@@ -106,7 +107,6 @@ std::tuple<Tensor, Tensor, Tensor> split_tokens(const Tensor& visible_ids, int64
     check(!flag, "visible_ids names a token twice in one clip; pass distinct ids");
     flag = 1;
   }
-  const Split split(visible_ids, batch_size, num_visible, num_tokens);
   parallel_rows(batch_size, num_tokens, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       split.write(b, [&](int64_t n) { return is_visible[b * num_tokens + n] != 0; });

@@ -65,7 +65,8 @@ def clip_batches(
 
     ``known_crashers`` are path and reason of videos that are not opened, because they crashed a decoder before
     (``Quarantine.crashers``). A video that crashes a worker joins them: the workers start again at the batch that was
-    to come next, and every batch is what it would be had the video been known from the start. With data.num_workers=0
+    to come next, and every batch is what it would be had the video been known from the start (but for batches
+    before it that used another, harmless range of that video). With data.num_workers=0
     such a video ends the process; nothing can catch that.
 
     Raises:

@@ -74,7 +74,9 @@ class Quarantine:
         seen = list(videos)
         new: dict[str, BadVideo] = {}
         for video in seen:
-            if video.path not in self._videos:
+            known = self._videos.get(video.path)
+            # A crash is news even of a listed video: a resumed run must not decode it again.
+            if known is None or (video.crashed and not known.crashed):
                 new.setdefault(video.path, video)
         if new:
             with self._path.open("a", encoding="utf-8") as file:

@@ -148,7 +148,7 @@ def _cards(metrics: Sequence[dict[str, Any]], num_quarantined: int, adaptivity: 
         cards.append(Card("Loss", change, note))
     if adaptivity:
         untrained, random = adaptivity["untrained"]["value"], adaptivity["random"]["value"]
-        note = f"before training {untrained:.2f}×, random masks {random:.2f}×"
+        note = f"untrained {untrained:.2f}×, random masks {random:.2f}×"
         cards.append(Card("Adaptivity", f"{adaptivity['adaptive']['value']:.2f}×", note))
     if run["clips_per_second"] is not None:
         cards.append(Card("Speed", compact_number(run["clips_per_second"]), "mean over the run", "clips/s"))

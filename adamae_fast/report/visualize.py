@@ -195,9 +195,9 @@ def _mask_generator(device: torch.device, seed: int, video: str) -> torch.Genera
 
 
 def _initial_model(config: PretrainConfig) -> AdaMAE:
-    """The model as a run of this configuration builds it, before its first step; torch's generator is left alone."""
+    """The model with this configuration's random weights; torch's generator for the CPU is left alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
         return AdaMAE(config.model, config.mask, config.loss)
 
 

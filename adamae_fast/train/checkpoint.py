@@ -11,7 +11,9 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,8 @@ def save_checkpoint(
     temporary.rename(target)
     _flush_to_disk(run.checkpoints)
     for old in run.list_checkpoints()[: -config.checkpoint.keep]:
-        shutil.rmtree(old)
+        # Renamed first: half a checkpoint must not be listed as one.
+        shutil.rmtree(old.rename(old.with_name(f"{_UNFINISHED}{old.name}")))
     return target
 
 
@@ -99,7 +102,7 @@ def verify_checkpoint(folder: Path) -> RunState:
             if found != fingerprint:
                 raise CheckpointError(f"{name} has {found}, but was written with {fingerprint}")
         return RunState(**fields)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder} is damaged ({error}). {_remedy(folder)}") from error
 
 
@@ -116,8 +119,8 @@ def find_resume_point(resume: str, run: RunFolder) -> Path | None:
         raise CheckpointError(f"resume={resume!r}: no such folder; give a checkpoint, auto or none")
     if not (folder / STATE_FILE).exists() and RunFolder(folder).list_checkpoints():
         folder = RunFolder(folder).list_checkpoints()[-1]
-    is_own = folder.resolve().parent == run.checkpoints.resolve()
-    if not is_own and (checkpoints or run.metrics.exists()):
+    has_lines = run.metrics.exists() and run.metrics.stat().st_size > 0
+    if not is_checkpoint_of(run, folder) and (checkpoints or (resume == "none" and has_lines)):
         raise CheckpointError(
             f"resume={resume!r}, but output_dir={str(run.path)!r} already holds another run; choose another "
             "output_dir, delete that one, or continue it with resume=auto"
@@ -125,10 +128,27 @@ def find_resume_point(resume: str, run: RunFolder) -> Path | None:
     return None if resume == "none" else folder
 
 
+def is_checkpoint_of(run: RunFolder, folder: Path) -> bool:
+    """Whether ``folder`` is one of the run's live checkpoints, not one that was set aside or another run's."""
+    return folder.resolve() in [path.resolve() for path in run.list_checkpoints()]
+
+
 def set_aside_newer(run: RunFolder, step: int) -> list[Path]:
-    """Rename the run's checkpoints after ``step``: ``resume=auto`` must not return to the branch that was left."""
-    newer = [path for path in run.list_checkpoints() if checkpoint_step(path) > step]
-    return [path.rename(path.with_name(f"{path.name}.superseded_by_step_{step:08d}")) for path in newer]
+    """Rename the run's checkpoints after ``step``: ``resume=auto`` must not return to the branch that was left.
+
+    They are kept until somebody deletes them. The newest goes first, so that a kill halfway leaves no gap.
+    """
+    renamed = []
+    for path in reversed(run.list_checkpoints()):
+        if checkpoint_step(path) > step:
+            names = (f"{path.name}.superseded_by_step_{step:08d}{suffix}" for suffix in _suffixes())
+            renamed.append(path.rename(next(path.with_name(n) for n in names if not path.with_name(n).exists())))
+    return renamed
+
+
+def _suffixes() -> Iterator[str]:
+    yield ""
+    yield from (f"_{number}" for number in count(2))
 
 
 def differences(folder: Path, config: PretrainConfig) -> dict[str, tuple[object, object]]:
@@ -178,7 +198,9 @@ def _flush_to_disk(path: Path) -> None:
 
 def _remedy(folder: Path) -> str:
     run = RunFolder(folder.resolve().parent.parent)
-    for previous in reversed([path for path in run.list_checkpoints() if path.name < folder.name]):
+    for previous in reversed(
+        [path for path in run.list_checkpoints() if checkpoint_step(path) < checkpoint_step(folder)]
+    ):
         try:
             verify_checkpoint(previous)
         except CheckpointError:

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from adamae_fast.config import PretrainConfig, save_config
+from adamae_fast.config import PretrainConfig, load_config, save_config
 from adamae_fast.data.loader import clip_batches
 from adamae_fast.data.manifest import Entry, read_manifest
 from adamae_fast.data.quarantine import DataStoppedError, Quarantine
 from adamae_fast.device import describe_device, peak_memory_bytes, pick_device
 from adamae_fast.run_folder import RunFolder
 from adamae_fast.train import checkpoint
-from adamae_fast.train.metrics import IntervalClock, MetricsLog, ProgressLine
+from adamae_fast.train.metrics import IntervalClock, MetricsLog, ProgressLine, keep_metrics_until
 from adamae_fast.train.schedule import Schedule
 from adamae_fast.train.step import Stepper
 from adamae_fast.train.summary import write_summary
@@ -35,7 +35,7 @@ OTHER_EXPERIMENT = (
 )  # fmt: skip
 """Keys that make what follows another experiment than what came before."""
 
-HARMLESS = ("output_dir", "resume", "init_weights", "checkpoint.", "log.", "train.device", "data.num_workers")
+HARMLESS = ("output_dir", "resume", "init_weights", "checkpoint.", "log.", "data.num_workers")
 """Keys that change nothing about the clips, masks and updates to come."""
 
 
@@ -62,12 +62,14 @@ def pretrain(config: PretrainConfig, console: Console) -> dict[str, object]:
         if first_step == schedule.total_steps:
             console.print(f"{run.path}: already finished at step {first_step}; only its report is drawn again")
         else:
+            run.summary.unlink(missing_ok=True)  # of the part of the run before this one
             save_config(config, run.config)
             _print_setting(config, stepper, schedule, len(entries), console)
             step = _train(config, run, entries, schedule, stepper, first_step, console, stop)
         stopped_by = stop[0] if step < schedule.total_steps else None
         if stopped_by:
-            console.print(f"stopped by {stopped_by} after step {step}; the same command continues", soft_wrap=True)
+            command = "the same command" if config.resume == "auto" else "the same command with --resume auto"
+            console.print(f"stopped by {stopped_by} after step {step}; {command} continues", soft_wrap=True)
         return write_summary(run, config, stepper.model, entries, step, schedule.total_steps, stopped_by, console)
 
 
@@ -110,66 +112,91 @@ def _train(
         MetricsLog(run, first_step, tensorboard=config.log.tensorboard) as metrics_log,
         ProgressLine(console, first_step, schedule.total_steps) as progress,
     ):
+
+        def report() -> None:
+            nonlocal logged
+            metrics = {
+                "step": step,
+                **stepper.read_figures(),
+                **clock.lap(step - logged, schedule.total_batch),
+                "lr": schedule.learning_rate(step - 1),
+                "epoch": step / schedule.steps_per_epoch,
+                "memory_bytes": peak_memory_bytes(stepper.device),
+                "quarantined": quarantine.count,
+            }
+            metrics_log.write(metrics)
+            progress.report(metrics)
+            logged = step
+
+        def save() -> None:
+            nonlocal saved
+            stepper.check()
+            state = checkpoint.RunState(step=step, num_videos=len(entries), loss_scale=stepper.scaler.state_dict())
+            checkpoint.save_checkpoint(run, config, stepper.model, stepper.optimizer, state)
+            saved = step
+
         try:
-            while step < schedule.total_steps and not stop:
+            while step < schedule.total_steps:
                 stepper.begin(step, schedule.learning_rate(step))
                 for _ in range(accumulate):
+                    if stop:
+                        break
                     batch = clock.wait_for(lambda: next(batches))
                     quarantine.add(batch.bad)
                     stepper.accumulate(batch.video)
+                if stop:  # the step under way is left out; it will be the first one after the resume
+                    break
                 stepper.finish(step)
                 step += 1
                 progress.advance(step)
-
-                ends = step == schedule.total_steps or bool(stop)
-                if ends or step == 1 or step % config.log.every == 0:
-                    metrics = {
-                        "step": step,
-                        **stepper.read_figures(),
-                        **clock.lap(step - logged, schedule.total_batch),
-                        "lr": schedule.learning_rate(step - 1),
-                        "epoch": step / schedule.steps_per_epoch,
-                        "memory_bytes": peak_memory_bytes(stepper.device),
-                        "quarantined": quarantine.count,
-                    }
-                    metrics_log.write(metrics)
-                    progress.report(metrics)
-                    logged = step
-                if ends or step % config.checkpoint.every == 0:
-                    _save(run, config, stepper, step, len(entries))
-                    saved = step
-        except DataStoppedError as error:
+                if step == 1 or step % config.log.every == 0:
+                    report()
+                if step % config.checkpoint.every == 0:
+                    save()
+            if step > logged:
+                report()
             if step > saved:
-                _save(run, config, stepper, step, len(entries))
-            quarantine.add(error.bad)
+                save()
+        except DataStoppedError as error:
+            try:
+                if step > saved:
+                    save()
+            finally:
+                quarantine.add(error.bad)
             raise
     return step
+
+
+def _refuse_lost_origin(config: PretrainConfig, run: RunFolder) -> None:
+    """Refuse to begin with random weights what was begun from another run's checkpoint and has none of its own yet."""
+    if config.resume == "auto" and run.config.exists():
+        origin = load_config(run.config).resume
+        if origin not in ("auto", "none"):
+            raise ValueError(
+                f"output_dir={config.output_dir!r} was begun with --resume {origin} and has no checkpoint of its own "
+                "yet; give that --resume again"
+            )
 
 
 def _refuse_other_run(
     config: PretrainConfig, run: RunFolder, folder: Path, changed: Mapping[str, tuple[object, object]]
 ) -> None:
     """Refuse to continue a checkpoint as another model, or, in its own folder, as another experiment."""
-    is_own = folder.resolve().parent == run.checkpoints.resolve()
+    is_own = checkpoint.is_checkpoint_of(run, folder)
     refused = OTHER_MODEL + (OTHER_EXPERIMENT if is_own else ())
     for key, (then, now) in changed.items():
         if key.startswith(refused):
-            remedy = "choose another output_dir"
+            remedy = "choose another output_dir" if is_own else f"keep {key}={then!r} to continue it"
             if is_own and not key.startswith(OTHER_MODEL):
                 remedy += f", with --resume {folder} if it is to go on from there"
             raise ValueError(f"{key}={now!r}, but {folder} was trained with {then!r}; {remedy}")
-
-
-def _save(run: RunFolder, config: PretrainConfig, stepper: Stepper, step: int, num_videos: int) -> None:
-    stepper.check()
-    state = checkpoint.RunState(step=step, num_videos=num_videos, loss_scale=stepper.scaler.state_dict())
-    checkpoint.save_checkpoint(run, config, stepper.model, stepper.optimizer, state)
 
 
 def _resume(config: PretrainConfig, run: RunFolder, stepper: Stepper, schedule: Schedule, num_videos: int) -> int:
     """Restore what ``resume``, or for a fresh run ``init_weights``, asks for; return the number of steps done."""
     folder = checkpoint.find_resume_point(config.resume, run)
     if folder is None:
+        _refuse_lost_origin(config, run)
         if config.init_weights is not None:
             stepper.model.load_weights(config.init_weights)
             log.info("starting from the weights of %s", config.init_weights)
@@ -192,6 +219,7 @@ def _resume(config: PretrainConfig, run: RunFolder, stepper: Stepper, schedule: 
         log.warning("%s was written with %d videos, not %d: other clips follow", folder, state.num_videos, num_videos)
     for path in checkpoint.set_aside_newer(run, state.step):
         log.warning("a newer checkpoint was set aside as %s", path)
+    keep_metrics_until(run.metrics, state.step)
     log.info("continuing from %s", folder)
     return state.step
 
@@ -204,7 +232,8 @@ def stop_signals() -> Iterator[list[str]]:
     """
     received: list[str] = []
     watched = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-    previous = {number: signal.getsignal(number) for number in watched}
+    # What the parent process chose to ignore, as nohup does, stays ignored.
+    previous = {n: h for n in watched if (h := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
 
     def restore() -> None:
         for number, handler in previous.items():
@@ -214,7 +243,7 @@ def stop_signals() -> Iterator[list[str]]:
         received.append(signal.Signals(number).name)
         restore()
 
-    for number in watched:
+    for number in previous:
         signal.signal(number, remember)
     try:
         yield received

@@ -92,7 +92,7 @@ class Stepper:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Return a 32-bit seed of one step, which is what torch's CPU generator takes in; other pairs give other seeds."""
+    """Return a 32-bit seed of one step, all that torch's CPU generator takes in; a hash, so that every bit counts."""
     return int(np.random.SeedSequence(seed, spawn_key=(step,)).generate_state(1)[0])
 
 

@@ -46,7 +46,7 @@ def write_summary(
         "steps": total_steps,
         "stopped_by": stopped_by,
         **headline(metrics),
-        "quarantined": len(read_json_lines(run.quarantine)),
+        "quarantined": len({line["path"] for line in read_json_lines(run.quarantine)}),
         "metrics": str(run.metrics),
         "checkpoint": str(checkpoints[-1]) if checkpoints else None,
     }

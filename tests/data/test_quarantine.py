@@ -107,3 +107,15 @@ def test_a_run_above_its_share_ends_with_the_next_bad_video(tmp_path: Path) -> N
 def test_no_bad_video_is_allowed_with_share_0(tmp_path: Path) -> None:
     with pytest.raises(TooManyBadVideosError, match="1 of 1000"):
         Quarantine(tmp_path / "quarantine.jsonl", 1000, 0.0).add([A])
+
+
+def test_a_crash_of_a_listed_video_is_written_down(tmp_path: Path) -> None:
+    file = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(file, 10, 1.0)
+    quarantine.add([BadVideo("a.mp4", "damaged")])
+    quarantine.add([BadVideo("a.mp4", "crashed the decoder", crashed=True)])
+    quarantine.add([BadVideo("a.mp4", "crashed the decoder", crashed=True)])
+    again = Quarantine(file, 10, 1.0)
+    assert again.crashers == {"a.mp4": "crashed the decoder"}
+    assert again.count == 1
+    assert len(file.read_text().splitlines()) == 2

@@ -194,3 +194,8 @@ def test_split_tokens_names_what_is_wrong(ids: list, num_tokens: int, message: s
 def test_sample_visible_names_what_is_wrong(logits: Tensor, noise: Tensor, num_visible: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample_visible(logits, noise, num_visible)
+
+
+def test_a_number_of_tokens_beyond_memory_is_an_error() -> None:
+    with pytest.raises(RuntimeError):
+        split_tokens(torch.zeros(4, 1, dtype=torch.int64), 2**62)

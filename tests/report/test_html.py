@@ -120,7 +120,7 @@ def test_headlines_come_from_the_runs_files(page):
     text = re.sub(r"\s+", " ", Elements(page.read_text(encoding="utf-8")).text)
     for expected in (
         "Loss −99 % 2 → 0.0202, mean of the last 5 lines",
-        "Adaptivity 1.84× before training 1.17×, random masks 1.01×",
+        "Adaptivity 1.84× untrained 1.17×, random masks 1.01×",
         "Speed 40 clips/s",
         "Waiting for data 25 %",
         "Peak memory 3.0 GiB",

@@ -180,7 +180,12 @@ def test_resume_point(run, saved, tmp_path):
 def test_going_back_sets_the_newer_branch_aside(run, saved):
     set_aside_newer(run, 1)
     assert find_resume_point("auto", run) == run.checkpoint(1)
-    assert (run.checkpoints / "step_00000002.superseded_by_step_00000001" / "model.safetensors").is_file()
+    aside = run.checkpoints / "step_00000002.superseded_by_step_00000001"
+    assert (aside / "model.safetensors").is_file()
+    save_checkpoint(run, CONFIG, *saved, state(2))
+    assert [path.name for path in set_aside_newer(run, 1)] == [f"{aside.name}_2"]
+    with pytest.raises(CheckpointError, match="already holds another run"):
+        find_resume_point(str(aside), run)
 
 
 def test_what_changed_since_the_checkpoint(run, saved):

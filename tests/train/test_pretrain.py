@@ -19,10 +19,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from adamae_fast import AdaMAE
-from adamae_fast.config import load_config
+from adamae_fast.config import load_config, save_config
 from adamae_fast.run_folder import RunFolder
 from adamae_fast.train.metrics import read_metrics
 from adamae_fast.train.pretrain import pretrain
+from adamae_fast.train.step import Stepper
 
 STEPS = 14
 SAVE_EVERY = 3  # an epoch has 5 clips in batches of 2: saves fall into the middle of epochs
@@ -118,6 +119,38 @@ def test_a_run_killed_at_several_moments_equals_the_uninterrupted_one(recipe, un
     assert losses(output_dir) == losses(expected)
     final = [load_file(RunFolder(folder).checkpoint(STEPS) / "model.safetensors") for folder in (expected, output_dir)]
     assert all((final[0][name] == final[1][name]).all() for name in final[0])
+
+
+@pytest.mark.parametrize("where", ["read_figures", "accumulate"])
+def test_a_signal_at_any_moment_saves_every_finished_step(recipe, tmp_path, monkeypatch, where):
+    original = getattr(Stepper, where)
+    calls = 0
+
+    def interrupted(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Stepper, where, interrupted)
+    overrides = {"output_dir": str(tmp_path), "train.accumulate": 2, "checkpoint.every": 1000, "data.num_workers": 0}
+    summary = pretrain(load_config(recipe, overrides), Console(quiet=True))
+    run = RunFolder(tmp_path)
+    # Two forward passes make a step: the third belongs to the second step, which is left out.
+    done = 3 if where == "read_figures" else 1
+    assert (summary["step"], summary["stopped_by"]) == (done, "SIGTERM")
+    assert run.list_checkpoints() == [run.checkpoint(done)]
+    assert [entry["step"] for entry in read_metrics(run.metrics)] == list(range(1, done + 1))
+
+
+def test_what_was_begun_from_another_run_does_not_restart_from_nothing(recipe, uninterrupted, tmp_path):
+    overrides = {"output_dir": str(tmp_path / "run"), "data.num_workers": 0}
+    begun = load_config(recipe, {**overrides, "resume": str(uninterrupted[0])})
+    RunFolder(begun.output_dir).path.mkdir()
+    save_config(begun, RunFolder(begun.output_dir).config)  # all that a kill before the first checkpoint leaves
+    with pytest.raises(ValueError, match="give that --resume again"):
+        pretrain(load_config(recipe, overrides), Console(quiet=True))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
