@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.yaml"
@@ -71,6 +73,14 @@ class RunFolder:
             return []
         found = [path for path in self.checkpoints.iterdir() if _CHECKPOINT_NAME.fullmatch(path.name)]
         return sorted(found, key=checkpoint_step)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a .jsonl file; none if there is no file. A last line cut off by a stopped run is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line.strip()]
 
 
 def checkpoint_step(path: Path) -> int:

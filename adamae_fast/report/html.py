@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from markupsafe import Markup
 from adamae_fast.report.adaptivity import AdaptivityResult
 from adamae_fast.report.curves import adaptivity_bars, compact_number, line_chart
 from adamae_fast.report.figures import LAST_LINES, headline, series
-from adamae_fast.run_folder import RunFolder
+from adamae_fast.run_folder import RunFolder, read_json_lines
 
 CHARTS = (
     ("loss_reconstruction", "Reconstruction loss", "a"),
@@ -56,14 +55,6 @@ class Chart:
     svg: Markup
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a .jsonl file; none if there is no file. A last line cut off by a stopped run is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line.strip()]
-
-
 def write_page(
     path: str | Path,
     *,
@@ -99,7 +90,7 @@ def write_page(
     environment.filters["data_uri"] = _data_uri
     html = environment.get_template("report.html").render(
         title=title,
-        cards=_cards(metrics, len(quarantine), adaptivity),
+        cards=_cards(metrics, len({line["path"] for line in quarantine}), adaptivity),
         charts=_charts(metrics),
         adaptivity=adaptivity,
         adaptivity_svg=adaptivity_bars(adaptivity) if adaptivity else None,

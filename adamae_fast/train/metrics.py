@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from adamae_fast.run_folder import RunFolder
+from adamae_fast.run_folder import RunFolder, read_json_lines
 
 T = TypeVar("T")
 
@@ -87,17 +87,9 @@ class MetricsLog:
         self.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the logged objects; a last line that a kill cut off is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
-
-
 def keep_metrics_until(path: Path, step: int) -> None:
     """Drop the lines after ``step`` (and a torn last line): a resumed run writes them again."""
-    kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
+    kept = [entry for entry in read_json_lines(path) if entry["step"] <= step]
     if path.exists():
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))

@@ -14,9 +14,8 @@ from adamae_fast.data.manifest import Entry
 from adamae_fast.data.synthetic import read_boxes
 from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.report.figures import headline
-from adamae_fast.report.html import read_json_lines
 from adamae_fast.report.visualize import Report, write_report
-from adamae_fast.run_folder import RunFolder
+from adamae_fast.run_folder import RunFolder, read_json_lines
 
 log = logging.getLogger("adamae_fast")
 

@@ -6,8 +6,8 @@ import time
 import pytest
 from rich.console import Console
 
-from adamae_fast.run_folder import RunFolder
-from adamae_fast.train.metrics import IntervalClock, MetricsLog, ProgressLine, keep_metrics_until, read_metrics
+from adamae_fast.run_folder import RunFolder, read_json_lines
+from adamae_fast.train.metrics import IntervalClock, MetricsLog, ProgressLine, keep_metrics_until
 
 
 def figures(step):
@@ -24,10 +24,10 @@ def test_lines_are_readable_at_once_and_survive_a_torn_end(run):
     with MetricsLog(run, 0, tensorboard=False) as log:
         for step in (1, 2, 3):
             log.write(figures(step))
-        assert [entry["step"] for entry in read_metrics(run.metrics)] == [1, 2, 3]
+        assert [entry["step"] for entry in read_json_lines(run.metrics)] == [1, 2, 3]
     with run.metrics.open("a") as file:
         file.write('{"step": 4, "lo')
-    assert [entry["step"] for entry in read_metrics(run.metrics)] == [1, 2, 3]
+    assert [entry["step"] for entry in read_json_lines(run.metrics)] == [1, 2, 3]
 
 
 def test_a_resumed_run_writes_its_steps_once(run):
@@ -41,7 +41,7 @@ def test_a_resumed_run_writes_its_steps_once(run):
 
 
 def test_nothing_to_keep(run):
-    assert read_metrics(run.metrics) == []
+    assert read_json_lines(run.metrics) == []
     keep_metrics_until(run.metrics, 5)
     assert not run.metrics.exists()
 
@@ -78,7 +78,7 @@ def test_values_that_are_not_finite_are_null(run):
     with MetricsLog(run, 0, tensorboard=False) as log:
         log.write({**figures(1), "grad_norm": float("inf")})
     assert "Infinity" not in run.metrics.read_text()
-    assert read_metrics(run.metrics)[0]["grad_norm"] is None
+    assert read_json_lines(run.metrics)[0]["grad_norm"] is None
 
 
 def test_progress_in_a_log_file_is_a_plain_line(run):

@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 
 from adamae_fast import AdaMAE
 from adamae_fast.config import load_config, save_config
-from adamae_fast.run_folder import RunFolder
-from adamae_fast.train.metrics import read_metrics
+from adamae_fast.run_folder import RunFolder, read_json_lines
 from adamae_fast.train.pretrain import pretrain
 from adamae_fast.train.step import Stepper
 
@@ -72,7 +71,7 @@ def run_and_signal(recipe: Path, output_dir: Path, after_step: int, number: int,
     deadline = time.monotonic() + 120
     poll = threading.Event()
     while process.poll() is None and time.monotonic() < deadline:
-        if any(entry["step"] >= after_step for entry in read_metrics(metrics)):
+        if any(entry["step"] >= after_step for entry in read_json_lines(metrics)):
             process.send_signal(number)
             return process.wait(timeout=60)
         poll.wait(0.005)
@@ -82,7 +81,7 @@ def run_and_signal(recipe: Path, output_dir: Path, after_step: int, number: int,
 
 def losses(output_dir: Path) -> dict[int, tuple[float, ...]]:
     names = ("loss", "loss_reconstruction", "loss_sampling", "grad_norm", "lr", "probability_entropy")
-    return {entry["step"]: tuple(entry[n] for n in names) for entry in read_metrics(RunFolder(output_dir).metrics)}
+    return {entry["step"]: tuple(entry[n] for n in names) for entry in read_json_lines(RunFolder(output_dir).metrics)}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +95,7 @@ def uninterrupted(recipe, tmp_path_factory):
 def test_run_folder_metrics_and_summary(uninterrupted):
     output_dir, finished = uninterrupted
     run = RunFolder(output_dir)
-    entries = read_metrics(run.metrics)
+    entries = read_json_lines(run.metrics)
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
     required = {"step", "loss", "loss_reconstruction", "loss_sampling", "lr", "grad_norm", "clips_per_second"}
     assert required | {"data_wait_share", "quarantined", "probability_entropy"} <= set(entries[0])
@@ -141,7 +140,7 @@ def test_a_signal_at_any_moment_saves_every_finished_step(recipe, tmp_path, monk
     done = 3 if where == "read_figures" else 1
     assert (summary["step"], summary["stopped_by"]) == (done, "SIGTERM")
     assert run.list_checkpoints() == [run.checkpoint(done)]
-    assert [entry["step"] for entry in read_metrics(run.metrics)] == list(range(1, done + 1))
+    assert [entry["step"] for entry in read_json_lines(run.metrics)] == list(range(1, done + 1))
 
 
 def test_what_was_begun_from_another_run_does_not_restart_from_nothing(recipe, uninterrupted, tmp_path):
@@ -160,11 +159,11 @@ def test_a_stop_signal_saves_and_exits_cleanly(recipe, tmp_path, number):
     endless = ("--train.steps", "100000", "--checkpoint.every", "100000")
     assert run_and_signal(recipe, output_dir, 4, number, *endless) == (130 if number == signal.SIGINT else 0)
     run = RunFolder(output_dir)
-    last_step = read_metrics(run.metrics)[-1]["step"]
+    last_step = read_json_lines(run.metrics)[-1]["step"]
     assert run.list_checkpoints() == [run.checkpoint(last_step)]
     assert json.loads(run.summary.read_text())["step"] == last_step >= 4
     assert run_to_end(recipe, output_dir, "--train.steps", str(last_step + 2)).returncode == 0
-    assert [entry["step"] for entry in read_metrics(run.metrics)] == list(range(1, last_step + 3))
+    assert [entry["step"] for entry in read_json_lines(run.metrics)] == list(range(1, last_step + 3))
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,7 @@ from adamae_fast.config import (
     TrainConfig,
 )
 from adamae_fast.data.quarantine import DataStoppedError, TooManyBadVideosError
-from adamae_fast.run_folder import RunFolder
-from adamae_fast.train.metrics import read_metrics
+from adamae_fast.run_folder import RunFolder, read_json_lines
 from adamae_fast.train.pretrain import pretrain
 
 
@@ -38,7 +37,7 @@ def config(output_dir, manifest, *, steps, batch_size=4, **data):
 
 def test_twenty_steps_on_real_clips(shared_clips, tmp_path):
     summary = pretrain(config(tmp_path, shared_clips / "good", steps=20), Console(quiet=True))
-    metrics = read_metrics(RunFolder(tmp_path).metrics)
+    metrics = read_json_lines(RunFolder(tmp_path).metrics)
     losses = [line["loss"] for line in metrics]
     assert len(losses) == 20
     assert all(math.isfinite(loss) for loss in losses)
@@ -76,7 +75,7 @@ def test_broken_files_are_quarantined_and_replaced(broken_files, tiny_videos, tm
     lines = [json.loads(line) for line in run.quarantine.read_text().splitlines()]
     assert Counter(line["path"] for line in lines) == Counter(map(str, broken))
     assert all(line["reason"] for line in lines)
-    assert summary["quarantined"] == read_metrics(run.metrics)[-1]["quarantined"] == 5
+    assert summary["quarantined"] == read_json_lines(run.metrics)[-1]["quarantined"] == 5
     assert "missing.mp4" in run.report.read_text()
 
 
