@@ -72,21 +72,14 @@ def _backends() -> list[Backend]:
     return [
         _cpp_operations(),
         # PyAV before decord, whose old codec libraries the whole process sees: PyAV must not pick them up.
-        _package("av", "PyAV: lists frames, decodes what decord cannot, writes videos", "av"),
-        _package("decord", "fast seeking video decoder", "decord"),
-        _package("nvidia.dali", "video decoding on the GPU", "nvidia-dali-cuda130", needs_cuda=True),
-        _package("triton", "GPU kernels", "triton", needs_cuda=True),
-        _package("flash_attn", "attention", "flash-attn", needs_cuda=True),
-        _package("xformers.ops", "attention", "xformers", needs_cuda=True, attribute="memory_efficient_attention"),
-        _package(
-            "apex.optimizers",
-            "fused optimizer",
-            "apex",
-            needs_cuda=True,
-            attribute="FusedAdam",
-            install="build it from NVIDIA's sources; the apex on PyPI is another package",
-        ),
-        _package("transformers", "conversion to and from its VideoMAE folders", "transformers"),
+        _package("av", "PyAV: lists frames, decodes what decord cannot, writes videos"),
+        _package("decord", "fast seeking video decoder"),
+        _package("transformers", "conversion to and from its VideoMAE folders"),
+        _planned("triton", "operations on the GPU", "triton"),
+        _planned("flash_attn", "attention", "flash-attn"),
+        _planned("xformers", "attention", "xformers"),
+        _planned("apex", "fused optimizer", "apex"),
+        _planned("nvidia.dali", "video decoding on the GPU", "nvidia-dali-cuda130"),
     ]
 
 
@@ -97,35 +90,22 @@ def _cpp_operations() -> Backend:
     return Backend("cpp", "operations on the CPU", reason is None, detail)
 
 
-def _package(
-    module: str,
-    purpose: str,
-    distribution: str,
-    *,
-    needs_cuda: bool = False,
-    attribute: str | None = None,
-    install: str = "",
-) -> Backend:
-    """Import a package to see whether it really works: one that installs well may still lack what is used of it."""
-    name = module.partition(".")[0] if module != "nvidia.dali" else module
+def _package(module: str, purpose: str) -> Backend:
+    """Import a package to see whether it really works."""
     try:
-        imported = importlib.import_module(module)
-        if attribute is not None:
-            getattr(imported, attribute)
+        importlib.import_module(module)
     except ModuleNotFoundError as error:
-        is_missing = error.name is not None and f"{module}.".startswith(f"{error.name}.")
-        missing = f"not installed: {install or f'pip install {distribution}'}"
-        return Backend(name, purpose, False, missing if is_missing else f"not usable: {error}")
+        missing = f"not installed: pip install {module}"
+        return Backend(module, purpose, False, missing if error.name == module else f"not usable: {error}")
     except Exception as error:  # a broken binary raises anything, and this command exists to say what
-        return Backend(name, purpose, False, f"not usable: {type(error).__name__}: {error}")
-    version = _version(distribution)
-    if needs_cuda and not torch.cuda.is_available():
-        return Backend(name, purpose, False, f"{version} is installed, but torch sees no CUDA device")
-    return Backend(name, purpose, True, version)
+        return Backend(module, purpose, False, f"not usable: {type(error).__name__}: {error}")
+    return Backend(module, purpose, True, importlib.metadata.version(module))
 
 
-def _version(distribution: str) -> str:
+def _planned(name: str, purpose: str, distribution: str) -> Backend:
+    """A package that a later version will use: installing it changes nothing now."""
     try:
-        return importlib.metadata.version(distribution)
+        state = f"{importlib.metadata.version(distribution)} is installed"
     except importlib.metadata.PackageNotFoundError:
-        return "unknown version"
+        state = "not installed, and not missed"
+    return Backend(name, purpose, False, f"not used by this version: {state}")
