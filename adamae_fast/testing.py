@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adamae_fast.ops.masked_patch_loss import Error, Target
 from adamae_fast.ops.patchify import IMAGENET_MEAN, IMAGENET_STD
-from adamae_fast.ops.sample_visible import TokenSplit, gumbel_noise, split_tokens
+from adamae_fast.ops.sample_visible import TokenSplit, split_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +88,10 @@ class InputFactory:
             256, self.shape.video_shape, dtype=torch.uint8, device=self.device, generator=self._generator
         )
 
-    def noise(self) -> Tensor:
-        """Gumbel noise (B, N)."""
-        return gumbel_noise(
-            (self.shape.batch_size, self.shape.num_tokens), device=self.device, generator=self._generator
+    def seeds(self) -> Tensor:
+        """Seeds of the clips' masks, int64 (B,)."""
+        return torch.randint(
+            -(2**63), 2**63 - 1, (self.shape.batch_size,), device=self.device, generator=self._generator
         )
 
     def tokens(self, num_tokens: int) -> Tensor:
@@ -104,7 +104,7 @@ class InputFactory:
 
     def split(self) -> TokenSplit:
         """Another random split of each clip's tokens."""
-        order_BN = self.noise().argsort(dim=1)
+        order_BN = self.normal(self.shape.batch_size, self.shape.num_tokens).argsort(dim=1)
         return split_tokens(order_BN[:, : self.shape.num_visible], self.shape.num_tokens)
 
     def logits(self) -> Tensor:
@@ -203,7 +203,7 @@ OPERATION_INPUTS = {
     "patchify": OperationInputs(make=_patchify),
     "embed_tubelets": OperationInputs(make=_embed_tubelets, differentiable=(1, 2)),
     "embed_tubelets_backward": OperationInputs(make=_embed_tubelets_backward),
-    "sample_visible": OperationInputs(make=lambda f: [(f.logits(), f.noise(), f.shape.num_visible)]),
+    "sample_visible": OperationInputs(make=lambda f: [(f.logits(), f.seeds(), f.shape.num_visible)]),
     "split_tokens": OperationInputs(make=lambda f: [(f.split().visible_ids_BK, f.shape.num_tokens)]),
     "gather_tokens": OperationInputs(make=_gather_tokens, differentiable=(0,)),
     "gather_tokens_backward": OperationInputs(make=lambda f: [(f.tokens(f.shape.num_visible), f.split().slots_BN)]),

@@ -64,8 +64,9 @@ ADAMAE_HOST_DEVICE float gumbel(uint32_t bits) {
   const int32_t r = static_cast<int32_t>(bits >> 1);
   const float v = (static_cast<float>(r) + 0.5f) * 0x1p-31f;
   const float u = (static_cast<float>(0x7FFFFFFF - r) + 0.5f) * 0x1p-31f;  // 1 - v, with all its digits
-  const float exponential = v < 0.25f ? twice_atanh(v / (2.0f - v)) : -log_of(u);
-  return -log_of(exponential);
+  // Both are computed, so that a compiler can choose without a branch.
+  const float near_zero = twice_atanh(v / (2.0f - v)), elsewhere = -log_of(u);
+  return -log_of(v < 0.25f ? near_zero : elsewhere);
 }
 
 }  // namespace adamae

@@ -5,6 +5,7 @@
 #include <functional>
 
 #include "common.h"
+#include "gumbel.h"
 
 namespace adamae {
 namespace {
@@ -52,46 +53,80 @@ auto ordered(C key) {
   return bits & sign ? ~bits : bits | sign;
 }
 
-template <class C>
-void sample(const Tensor& logits_BN, const Tensor& noise_BN, int64_t num_visible, const Split& split) {
-  const int64_t num_tokens = logits_BN.size(1);
-  const auto* logits = data<C>(logits_BN);
-  const auto* noise = data<C>(noise_BN);
-  // Selection reads a key several times.
-  parallel_rows(logits_BN.size(0), 16 * num_tokens, [&](int64_t begin, int64_t end) {
-    using Bits = decltype(ordered(C{}));
-    std::vector<Bits> keys(num_tokens), scratch(num_tokens);
-    for (int64_t b = begin; b < end; ++b) {
-      for (int64_t n = 0; n < num_tokens; ++n) {
-        keys[n] = ordered(logits[b * num_tokens + n] + noise[b * num_tokens + n]);
-      }
-      scratch = keys;
-      const auto last = scratch.begin() + (num_visible - 1);
-      std::nth_element(scratch.begin(), last, scratch.end(), std::greater<>());
-      const Bits smallest = *last;
-      // Of the keys that equal the smallest visible one, those of the lowest ids are visible.
-      int64_t ties = num_visible - std::count_if(scratch.begin(), last, [&](Bits key) { return key > smallest; });
-      split.write(b, [&](int64_t n) { return keys[n] > smallest || (keys[n] == smallest && ties-- > 0); });
+// Random bits of kLanes blocks of four tokens at a time: as many as a vector register holds.
+constexpr int64_t kLanes = 8;
+
+// Writes the noise of a clip's tokens, rounded up to whole groups of 4 · kLanes.
+void draw_noise(uint64_t seed, int64_t num_tokens, float* noise) {
+  for (int64_t first = 0; first < num_tokens; first += 4 * kLanes) {
+    uint32_t words[4][kLanes];
+#pragma omp simd
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const Words random = philox(seed, static_cast<uint32_t>(first / 4 + lane));
+      for (int64_t i = 0; i < 4; ++i) words[i][lane] = random.word[i];
     }
-  });
+    for (int64_t i = 0; i < 4; ++i) {
+      float group[kLanes];
+#pragma omp simd
+      for (int64_t lane = 0; lane < kLanes; ++lane) group[lane] = gumbel(words[i][lane]);
+      for (int64_t lane = 0; lane < kLanes; ++lane) noise[first + 4 * lane + i] = group[lane];
+    }
+  }
 }
 
-std::tuple<Tensor, Tensor, Tensor> sample_visible(const Tensor& logits, const Tensor& noise, int64_t num_visible) {
+template <class T, class C>
+void describe(const T* logits, int64_t num_tokens, C* statistics) {
+  C largest = static_cast<C>(logits[0]);
+  for (int64_t n = 1; n < num_tokens; ++n) largest = std::max(largest, static_cast<C>(logits[n]));
+  double sum = 0, weighted = 0;
+  for (int64_t n = 0; n < num_tokens; ++n) {
+    const C below = static_cast<C>(logits[n]) - largest;
+    const C weight = std::exp(below);
+    sum += weight;
+    weighted += below * weight;  // 0 · -inf is NaN, as it should be
+  }
+  statistics[0] = largest;
+  statistics[1] = static_cast<C>(static_cast<double>(largest) + std::log(sum));
+  statistics[2] = static_cast<C>(std::log(sum) - weighted / sum);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample_visible(const Tensor& logits, const Tensor& seeds,
+                                                          int64_t num_visible) {
   check_dim("logits", logits, 2);
   const int64_t batch_size = logits.size(0), num_tokens = logits.size(1);
-  check_shape("noise", noise, {batch_size, num_tokens});
+  check(seeds.scalar_type() == ScalarType::Long, "seeds is ", torch::headeronly::toString(seeds.scalar_type()),
+        "; pass int64 seeds");
+  check_shape("seeds", seeds, {batch_size});
   check(1 <= num_visible && num_visible <= num_tokens, "num_visible=", num_visible, ": choose 1 to ", num_tokens,
         ", the number of tokens");
-  for (const auto& [name, tensor] : {std::pair{"logits", logits}, {"noise", noise}}) {
-    with_floating_type(name, tensor.scalar_type(), [](auto) {});
-  }
-  const bool is_double = logits.scalar_type() == ScalarType::Double || noise.scalar_type() == ScalarType::Double;
-  const ScalarType compute = is_double ? ScalarType::Double : ScalarType::Float;
-  const Tensor logits_BN = contiguous_as(logits, compute), noise_BN = contiguous_as(noise, compute);
+  const Tensor logits_BN = contiguous(logits), seeds_B = contiguous(seeds);
   const Split split(logits, batch_size, num_visible, num_tokens);
-  is_double ? sample<double>(logits_BN, noise_BN, num_visible, split)
-            : sample<float>(logits_BN, noise_BN, num_visible, split);
-  return split.tensors();
+  Tensor statistics_B3 =
+      torch::stable::new_empty(logits, {batch_size, int64_t{3}}, accumulate_type(logits.scalar_type()));
+  with_floating_type("logits", logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using C = Compute<T>;
+    using Bits = decltype(ordered(C{}));
+    // Noise, logarithms and selection visit a token several times.
+    parallel_rows(batch_size, 16 * num_tokens, [&](int64_t begin, int64_t end) {
+      std::vector<float> noise((num_tokens + 4 * kLanes - 1) / (4 * kLanes) * (4 * kLanes));
+      std::vector<Bits> keys(num_tokens), scratch(num_tokens);
+      for (int64_t b = begin; b < end; ++b) {
+        const T* row = data<T>(logits_BN) + b * num_tokens;
+        draw_noise(static_cast<uint64_t>(data<int64_t>(seeds_B)[b]), num_tokens, noise.data());
+        for (int64_t n = 0; n < num_tokens; ++n) keys[n] = ordered(static_cast<C>(row[n]) + noise[n]);
+        scratch = keys;
+        const auto last = scratch.begin() + (num_visible - 1);
+        std::nth_element(scratch.begin(), last, scratch.end(), std::greater<>());
+        const Bits smallest = *last;
+        // Of the keys that equal the smallest visible one, those of the lowest ids are visible.
+        int64_t ties = num_visible - std::count_if(scratch.begin(), last, [&](Bits key) { return key > smallest; });
+        split.write(b, [&](int64_t n) { return keys[n] > smallest || (keys[n] == smallest && ties-- > 0); });
+        describe(row, num_tokens, mutable_data<C>(statistics_B3) + 3 * b);
+      }
+    });
+  });
+  return {split.visible_ids_BK, split.masked_ids_BM, split.slots_BN, statistics_B3};
 }
 
 std::tuple<Tensor, Tensor, Tensor> split_tokens(const Tensor& visible_ids, int64_t num_tokens) {

@@ -18,8 +18,8 @@ class AdaptiveMask:
         """K = int(N · (1 − ρ)), rounded down: 0.90 of 1568 tokens leaves 156."""
         return check_num_visible(int(grid.num_tokens * (1 - ratio)), "adaptive", grid, ratio)
 
-    def __call__(self, grid: TokenGrid, ratio: float, noise_BN: Tensor, logits_BN: Tensor | None = None) -> TokenSplit:
+    def __call__(self, grid: TokenGrid, ratio: float, seeds_B: Tensor, logits_BN: Tensor | None = None) -> TokenSplit:
         """Draw ids by Gumbel top-K. Raises ValueError without logits."""
         if logits_BN is None:
             raise ValueError("logits_BN=None: adaptive masking draws from the sampler's logits; pass them")
-        return sample_visible(logits_BN, noise_BN, self.num_visible(grid, ratio))
+        return sample_visible(logits_BN, seeds_B, self.num_visible(grid, ratio))

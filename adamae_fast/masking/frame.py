@@ -20,10 +20,10 @@ class FrameMask:
         visible_frames = grid.shape[0] - int(ratio * grid.shape[0])
         return check_num_visible(visible_frames * grid.tokens_per_frame, "frame", grid, ratio)
 
-    def __call__(self, grid: TokenGrid, ratio: float, noise_BN: Tensor, logits_BN: Tensor | None = None) -> TokenSplit:
-        """Draw frames uniformly, from the noise of as many tokens; logits are ignored."""
+    def __call__(self, grid: TokenGrid, ratio: float, seeds_B: Tensor, logits_BN: Tensor | None = None) -> TokenSplit:
+        """Draw frames uniformly; logits are ignored."""
         num_frames = self.num_visible(grid, ratio) // grid.tokens_per_frame
-        frames = draw_uniform(noise_BN[:, : grid.shape[0]], num_frames).visible_ids_BK
-        places = torch.arange(grid.tokens_per_frame, device=noise_BN.device)
+        frames = draw_uniform(seeds_B, grid.shape[0], num_frames).visible_ids_BK
+        places = torch.arange(grid.tokens_per_frame, device=seeds_B.device)
         visible_ids_BK = (frames[:, :, None] * grid.tokens_per_frame + places).flatten(1)
         return split_tokens(visible_ids_BK, grid.num_tokens)

@@ -21,13 +21,14 @@ class MaskStrategy(Protocol):
     def num_visible(self, grid: TokenGrid, ratio: float) -> int:
         """K: how many of a clip's N tokens stay visible at masking ratio ``ratio``. Each strategy states its rule."""
 
-    def __call__(self, grid: TokenGrid, ratio: float, noise_BN: Tensor, logits_BN: Tensor | None = None) -> TokenSplit:
-        """Draw visible (B, K) and masked (B, N − K) ids, both ascending, from Gumbel noise: the only randomness."""
+    def __call__(self, grid: TokenGrid, ratio: float, seeds_B: Tensor, logits_BN: Tensor | None = None) -> TokenSplit:
+        """Draw visible (B, K) and masked (B, N − K) ids, both ascending, from ``seeds_B`` (int64) alone."""
 
 
-def draw_uniform(noise_BI: Tensor, num_drawn: int) -> TokenSplit:
-    """Draw ``num_drawn`` of I items uniformly without replacement, for each clip of the batch."""
-    return sample_visible(torch.zeros_like(noise_BI), noise_BI, num_drawn)
+def draw_uniform(seeds_B: Tensor, num_items: int, num_drawn: int) -> TokenSplit:
+    """Draw ``num_drawn`` of ``num_items`` items uniformly without replacement, for each clip of the batch."""
+    equal_BI = torch.zeros((seeds_B.shape[0], num_items), device=seeds_B.device)
+    return sample_visible(equal_BI, seeds_B, num_drawn)._replace(statistics_B3=None)
 
 
 def check_num_visible(num_visible: int, strategy: str, grid: TokenGrid, ratio: float) -> int:

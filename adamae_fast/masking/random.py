@@ -18,6 +18,6 @@ class RandomMask:
         """K = int(N · (1 − ρ)): the rule of MAE-ST and of adaptive masking, so that both see equally much."""
         return check_num_visible(int(grid.num_tokens * (1 - ratio)), "random", grid, ratio)
 
-    def __call__(self, grid: TokenGrid, ratio: float, noise_BN: Tensor, logits_BN: Tensor | None = None) -> TokenSplit:
+    def __call__(self, grid: TokenGrid, ratio: float, seeds_B: Tensor, logits_BN: Tensor | None = None) -> TokenSplit:
         """Draw ids uniformly; logits are ignored."""
-        return draw_uniform(noise_BN, self.num_visible(grid, ratio))
+        return draw_uniform(seeds_B, grid.num_tokens, self.num_visible(grid, ratio))

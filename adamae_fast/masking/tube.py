@@ -20,11 +20,11 @@ class TubeMask:
         visible_places = grid.tokens_per_frame - int(ratio * grid.tokens_per_frame)
         return check_num_visible(grid.shape[0] * visible_places, "tube", grid, ratio)
 
-    def __call__(self, grid: TokenGrid, ratio: float, noise_BN: Tensor, logits_BN: Tensor | None = None) -> TokenSplit:
-        """Draw places uniformly, from the first frame's noise, and keep them in every frame; logits are ignored."""
+    def __call__(self, grid: TokenGrid, ratio: float, seeds_B: Tensor, logits_BN: Tensor | None = None) -> TokenSplit:
+        """Draw places uniformly and keep them in every frame; logits are ignored."""
         frames = grid.shape[0]
         num_places = self.num_visible(grid, ratio) // frames
-        places = draw_uniform(noise_BN[:, : grid.tokens_per_frame], num_places).visible_ids_BK
-        frame_starts = torch.arange(frames, device=noise_BN.device) * grid.tokens_per_frame
+        places = draw_uniform(seeds_B, grid.tokens_per_frame, num_places).visible_ids_BK
+        frame_starts = torch.arange(frames, device=seeds_B.device) * grid.tokens_per_frame
         visible_ids_BK = (frame_starts[None, :, None] + places[:, None, :]).flatten(1)
         return split_tokens(visible_ids_BK, grid.num_tokens)

@@ -28,7 +28,7 @@ from adamae_fast.model.tokenizer import Tokenizer
 from adamae_fast.ops.assemble_decoder import assemble_decoder
 from adamae_fast.ops.gather_tokens import gather_tokens
 from adamae_fast.ops.masked_patch_loss import masked_patch_loss
-from adamae_fast.ops.sample_visible import TokenSplit, gumbel_noise, split_tokens
+from adamae_fast.ops.sample_visible import TokenSplit, check_seeds, split_tokens
 from adamae_fast.ops.sampling_loss import sampling_loss
 from adamae_fast.run_folder import find_weights
 
@@ -54,6 +54,10 @@ class AdaMAEOutput:
 
     logits: Tensor | None
     """(B, N) of the sampler, whose softmax is the probability map; None for strategies without a sampler."""
+
+    logit_statistics: Tensor | None
+    """(B, 3): largest logit, log Σ exp and entropy of the softmax in nats, NaN where a logit is not finite; None where
+    no mask was drawn from logits."""
 
     visible_ids: Tensor
     """(B, K) int64, ascending."""
@@ -123,15 +127,13 @@ class AdaMAE(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"{weights_file}: these weights do not fit the configured model: {error}") from error
 
-    def forward(
-        self, video: Tensor, visible_ids: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> AdaMAEOutput:
+    def forward(self, video: Tensor, visible_ids: Tensor | None = None, seeds: Tensor | None = None) -> AdaMAEOutput:
         """Mask, encode, decode and compare.
 
         Args:
             video: uint8 (B, 3, T, H, W).
             visible_ids: forced visible ids (B, K) in any order; drawn by the masking strategy if None.
-            generator: source of the masking noise, on the video's device; torch's own if None.
+            seeds: int64 (B,), what each clip's mask is drawn from; torch's own generator draws them if None.
 
         Raises ValueError for a video of another shape or dtype, and for ids that are out of range or named twice.
         """
@@ -140,7 +142,7 @@ class AdaMAE(nn.Module):
         logits_BN = None
         if self.sampler is not None:
             logits_BN = self.sampler(tokens_BND.detach() if self.detach_tokens else tokens_BND)
-        split = self._split(video, logits_BN, visible_ids, generator)
+        split = self._split(video, logits_BN, visible_ids, seeds)
 
         visible_BKD = gather_tokens(tokens_BND, split.visible_ids_BK, split.slots_BN, self.positions_ND)
         features_BKE = self.projection(self.encoder(visible_BKD))
@@ -170,12 +172,13 @@ class AdaMAE(nn.Module):
             prediction=prediction_BMP,
             error=error_BM,
             logits=logits_BN,
+            logit_statistics=split.statistics_B3,
             visible_ids=split.visible_ids_BK,
             masked_ids=split.masked_ids_BM,
         )
 
     def _split(
-        self, video: Tensor, logits_BN: Tensor | None, visible_ids: Tensor | None, generator: torch.Generator | None
+        self, video: Tensor, logits_BN: Tensor | None, visible_ids: Tensor | None, seeds: Tensor | None
     ) -> TokenSplit:
         if visible_ids is not None:
             if visible_ids.shape[0] != video.shape[0]:
@@ -187,9 +190,12 @@ class AdaMAE(nn.Module):
                     f"visible_ids names all {self.grid.num_tokens} tokens; leave at least one to be masked"
                 )
             # On the CPU, where their values can be checked: forced ids are for tests and pictures, not for training.
-            return TokenSplit(*(ids.to(video.device) for ids in split_tokens(visible_ids.cpu(), self.grid.num_tokens)))
-        noise_BN = gumbel_noise((video.shape[0], self.grid.num_tokens), device=video.device, generator=generator)
-        return self.strategy(self.grid, self.mask_config.ratio, noise_BN, logits_BN)
+            split = split_tokens(visible_ids.cpu(), self.grid.num_tokens)
+            return TokenSplit(*(ids.to(video.device) for ids in split[:3]))
+        if seeds is None:
+            seeds = torch.randint(-(2**63), 2**63 - 1, (video.shape[0],), device=video.device)
+        check_seeds(seeds, video.shape[0], video.device)
+        return self.strategy(self.grid, self.mask_config.ratio, seeds, logits_BN)
 
     def _check_video(self, video: Tensor) -> None:
         if video.dtype != torch.uint8:

@@ -42,5 +42,7 @@ PATH = Path(__file__).parents[1] / "_C.abi3.so"
 reason_missing = load(PATH)
 """Why the C++ operations are not used; None if they are."""
 
+reason_missing_cuda: str | None = "not built"
+
 if reason_missing is not None and PATH.is_file():
     _logger.warning("C++ operations are not used, the slower references are: %s", reason_missing)

@@ -1,9 +1,10 @@
 """How an operation meets PyTorch's dispatcher, and the argument checks that several operations share.
 
 The dispatcher is the registry of back ends. Python defines each schema once and registers a reference that runs
-anywhere (``CompositeExplicitAutograd``) and a fake for tracing; a compiled library may add the ``CPU`` or ``CUDA`` key
-of the same schema and is then preferred by the dispatcher itself. Each operation has a second overload, ``reference``,
-to which no library adds anything: it is what ``impl="reference"`` calls, in the backward and in a compiled graph too.
+anywhere (``CompositeExplicitAutograd``) and a fake for tracing. The C++ library adds the ``CPU`` key of the same
+schema, the Triton kernels the ``CUDA`` key, and the dispatcher then prefers them by itself. Other overloads of an
+operation hold one implementation alone, for those who ask for it by name, in the backward and in a compiled graph too:
+``reference``, ``triton``, and ``cuda`` where there is CUDA C++.
 
 Who checks what: the public functions check shapes, dtypes and devices at once, on every device and while tracing. The
 *values* of ids are checked by the implementations, because only they see real numbers: the references do it for ids
@@ -16,24 +17,25 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from adamae_fast.ops import library
+from adamae_fast.ops import library, triton_kernels
 
 _logger = logging.getLogger("adamae_fast")
 
-Impl = Literal["auto", "cpp", "reference"]
-"""Which implementation runs: the dispatcher's choice, or the named one and no other."""
+Impl = Literal["auto", "triton", "cuda", "cpp", "reference"]
+"""Which implementation runs: the dispatcher's choice (C++ on the CPU, Triton on CUDA devices), or the named one and no
+other."""
 
 NAMESPACE = "adamae_fast"
 """Every operation is ``torch.ops.adamae_fast.<name>``."""
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-_references: dict[OpOverload, OpOverload] = {}
+_overloads: dict[OpOverload, dict[str, OpOverload]] = {}
 _reasons_no_cpp: dict[OpOverload, str] = {}
 _logged: set[tuple[OpOverload, str]] = set()
 
@@ -44,25 +46,37 @@ def register(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     composed: Callable[..., Any] | None = None,
+    has_cuda: bool = False,
 ) -> OpOverload:
     """Define an operation, register what runs it where nothing faster is registered, and return it, bound once.
 
     ``reference`` must return fresh contiguous tensors for inputs of any strides, as kernels do; ``fake`` says their
     shapes and dtypes. ``composed`` runs in place of the reference unless that is asked for: the same formula through
-    other operations, of which some may have a faster implementation.
+    other operations, of which some may have a faster implementation; such an operation has no kernel of its own.
+    ``has_cuda`` says that csrc/ has a version in CUDA C++.
     """
     name, _, arguments = schema.partition("(")
-    for overload, function in (("", composed or reference), (".reference", reference)):
-        _library.define(f"{name}{overload}({arguments}", tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(f"{name}{overload}", function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}{overload}", fake, lib=_library)
+    kernels = (
+        {} if composed else {"": triton_kernels.or_reference(name, reference), "triton": triton_kernels.only(name)}
+    )
+    names = ["", "reference", *(["triton"] if kernels else []), *(["cuda"] if has_cuda else [])]
+    for overload in names:
+        qualified = f"{name}.{overload}".removesuffix(".")
+        _library.define(f"{qualified}({arguments}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_library)
+        if overload in kernels:
+            _library.impl(qualified, kernels[overload], "CUDA")
+    _library.impl(name, composed or reference, "CompositeExplicitAutograd")
+    _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
     packet = getattr(getattr(torch.ops, NAMESPACE), name)
     operation: OpOverload = packet.default
-    _references[operation] = packet.reference
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
-    nobody = "" if has_kernel else "it has no C++ implementation of its own; pass impl='auto'"
-    _reasons_no_cpp[operation] = library.reason_missing or nobody
+    _overloads[operation] = {overload: getattr(packet, overload or "default") for overload in names}
+    has_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+    _reasons_no_cpp[operation] = library.reason_missing or ("" if has_cpp else _NO_KERNEL.format("C++"))
     return operation
+
+
+_NO_KERNEL = "it has no {} implementation of its own; pass impl='auto'"
 
 
 def register_autograd(operation: OpOverload, function: type[torch.autograd.Function]) -> None:
@@ -72,39 +86,53 @@ def register_autograd(operation: OpOverload, function: type[torch.autograd.Funct
     ``torch._C._AutoDispatchBelowAutograd()``. This is about half the overhead per call of
     ``torch.library.register_autograd``.
     """
-    for overload in (operation, _references[operation]):
+    for overload in _overloads[operation].values():
         _library.impl(overload, partial(function.apply, overload), "Autograd")
 
 
 def like(overload: OpOverload, operation: OpOverload) -> OpOverload:
     """``operation`` as the implementation that ``overload`` is: a reference's backward is a reference, too."""
-    return _references[operation] if overload._overloadname == "reference" else operation
+    return _overloads[operation][overload._overloadname.replace("default", "")]
 
 
 def choose(operation: OpOverload, impl: Impl, device: torch.device) -> OpOverload:
     """Return the overload to call for ``impl``. Raises ValueError with the reason if it cannot run: none falls back."""
-    if impl == "reference":
-        return _references[operation]
     if impl == "auto":
         # Logging would break a graph in two while it is compiled.
         if not torch.compiler.is_compiling():
             _log_choice(operation, device.type)
         return operation
-    if impl != "cpp":
-        raise ValueError(f"impl={impl!r}: choose auto, cpp or reference")
-    if device.type != "cpu":
-        raise ValueError(f"impl='cpp' of {operation} takes tensors on the CPU, these are on {device}; pass impl='auto'")
-    reason = _reasons_no_cpp[operation]
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl={impl!r}: choose one of {', '.join(get_args(Impl))}")
+    reason = _reason_unsupported(operation, impl, device)
     if reason:
-        raise ValueError(f"impl='cpp' of {operation} cannot run: {reason}")
-    return operation
+        raise ValueError(f"impl={impl!r} of {operation} cannot run: {reason}")
+    return _overloads[operation]["" if impl == "cpp" else impl]
+
+
+def _reason_unsupported(operation: OpOverload, impl: Impl, device: torch.device) -> str | None:
+    """Why the named implementation cannot run on ``device``; None or empty if it can."""
+    if impl == "reference":
+        return None
+    wanted = "cpu" if impl == "cpp" else "cuda"
+    if device.type != wanted:
+        return f"it takes {wanted.upper()} tensors, these are on {device}; pass impl='auto'"
+    if impl == "cpp":
+        return _reasons_no_cpp[operation]
+    if impl not in _overloads[operation]:
+        return _NO_KERNEL.format("Triton" if impl == "triton" else "CUDA C++")
+    return triton_kernels.reason_missing() if impl == "triton" else library.reason_missing_cuda
 
 
 def _log_choice(operation: OpOverload, device_type: str) -> None:
     if (operation, device_type) not in _logged:
         _logged.add((operation, device_type))
-        is_cpp = device_type == "cpu" and not _reasons_no_cpp[operation]
-        _logger.debug("%s on %s: %s", operation, device_type, "cpp" if is_cpp else "reference")
+        choice = "reference"
+        if device_type == "cpu" and not _reasons_no_cpp[operation]:
+            choice = "cpp"
+        if device_type == "cuda" and "triton" in _overloads[operation] and not triton_kernels.reason_missing():
+            choice = "triton"
+        _logger.debug("%s on %s: %s", operation, device_type, choice)
 
 
 def registered_names() -> list[str]:

@@ -20,7 +20,6 @@ from adamae_fast.data.clips import CropBox
 from adamae_fast.grid import TokenGrid
 from adamae_fast.masking import STRATEGIES, MaskStrategy
 from adamae_fast.model.adamae import AdaMAE
-from adamae_fast.ops.sample_visible import gumbel_noise
 
 
 class Figure(TypedDict):
@@ -147,7 +146,7 @@ def measure_adaptivity(
 ) -> AdaptivityResult:
     """Adaptivity of the masks of a model, of the model before training, and of random masks, over the same clips.
 
-    All draw as many visible tokens, from the same noise.
+    All draw as many visible tokens, from the same seeds.
 
     Args:
         model: a model with a sampler (mask.strategy=adaptive), on the device to be used.
@@ -162,11 +161,10 @@ def measure_adaptivity(
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    shape = (len(videos), model.grid.num_tokens)
-    noises = [gumbel_noise(shape, device=device, generator=generator) for _ in range(repeats)]
+    seeds_RB = torch.randint(2**63 - 1, (repeats, len(videos)), device=device, generator=generator)
 
     def draw(strategy: MaskStrategy, logits_BN: torch.Tensor | None = None) -> Figure:
-        splits = [strategy(model.grid, model.mask_config.ratio, noise_BN, logits_BN) for noise_BN in noises]
+        splits = [strategy(model.grid, model.mask_config.ratio, seeds_B, logits_BN) for seeds_B in seeds_RB]
         visible_ids_RBK = torch.stack([split.visible_ids_BK for split in splits]).cpu().numpy()
         return adaptivity_figure(coverage_BN, visible_ids_RBK)
 

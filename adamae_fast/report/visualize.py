@@ -119,7 +119,6 @@ def write_report(
     figures: list[VideoFigure] = []
     clips, coverages, unreadable = [], [], []
     names = _file_names(videos)
-    device = next(model.parameters()).device
     if pictures is not None:
         Path(pictures).mkdir(parents=True, exist_ok=True)
     for video in dict.fromkeys([*videos, *boxed_videos]):
@@ -133,7 +132,7 @@ def write_report(
             clips.append(clip.video_CTHW)
             coverages.append(box_coverage(boxes_TO4, clip.frame_ids, clip.crop, model.grid))
         if video in names:
-            panels = picture_clip(model, clip.video_CTHW, _mask_generator(device, seed, video))
+            panels = picture_clip(model, clip.video_CTHW, _mask_seed(seed, video))
             figure = _video_figure(model, video, clip, panels)
             figures.append(figure)
             if pictures is not None:
@@ -142,7 +141,7 @@ def write_report(
 
     adaptivity = None
     if model.sampler is not None and any(coverage.any() for coverage in coverages):
-        untrained = _initial_model(config).to(device)
+        untrained = _initial_model(config).to(next(model.parameters()).device)
         adaptivity = measure_adaptivity(model, untrained, torch.stack(clips), np.stack(coverages), seed=seed)
     page = write_page(
         path or run.report,
@@ -169,12 +168,13 @@ def read_center_clip(path: str, config: PretrainConfig) -> CenterClip:
         file.close()
 
 
-def picture_clip(model: AdaMAE, video_CTHW: torch.Tensor, generator: torch.Generator) -> list[Panel]:
-    """Run the model once on one clip, in eval mode, and draw its panels; ``generator`` is on the model's device."""
+def picture_clip(model: AdaMAE, video_CTHW: torch.Tensor, mask_seed: int) -> list[Panel]:
+    """Run the model once on one clip, in eval mode, and draw its panels."""
+    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        output = model(video_CTHW[None].to(generator.device), generator=generator)
+        output = model(video_CTHW[None].to(device), seeds=torch.tensor([mask_seed], device=device))
     model.train(was_training)
     return clip_panels(
         video_CTHW,
@@ -188,10 +188,10 @@ def picture_clip(model: AdaMAE, video_CTHW: torch.Tensor, generator: torch.Gener
     )
 
 
-def _mask_generator(device: torch.device, seed: int, video: str) -> torch.Generator:
-    """Source of one video's mask: independent of the other videos and of the folder that the video is in."""
+def _mask_seed(seed: int, video: str) -> int:
+    """Seed of one video's mask: independent of the other videos and of the folder that the video is in."""
     digest = hashlib.sha256(f"{seed} {Path(video).name}".encode(errors="surrogateescape")).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4]))
+    return int.from_bytes(digest[:8], signed=True)
 
 
 def _initial_model(config: PretrainConfig) -> AdaMAE:

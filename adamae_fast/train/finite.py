@@ -12,6 +12,15 @@ class NonFiniteError(RunStoppedError):
     """A loss, gradient norm or sampler logit stopped being a number."""
 
 
+def non_finite(step: int, what: str) -> NonFiniteError:
+    """The error for step ``step``, counted from 0."""
+    return NonFiniteError(
+        f"step {step + 1}: a value is not finite ({what}); no parameter was updated with it. "
+        "Lower optim.base_lr, set optim.clip_grad_norm, or use train.precision=bf16 in place of fp16, "
+        "and resume from the last checkpoint"
+    )
+
+
 class FiniteGuard:
     """Remembers on the device the first step whose values were not finite, and blocks every update from then on.
 
@@ -39,8 +48,4 @@ class FiniteGuard:
         step = int(self._bad_step)
         if step >= 0:
             values = ", ".join(f"{n}={v:.6g}" for n, v in zip(self._names, self._bad_values.tolist(), strict=True))
-            raise NonFiniteError(
-                f"step {step + 1}: a value is not finite ({values}); no parameter was updated with it. "
-                "Lower optim.base_lr, set optim.clip_grad_norm, or use train.precision=bf16 in place of fp16, "
-                "and resume from the last checkpoint"
-            )
+            raise non_finite(step, values)

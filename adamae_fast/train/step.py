@@ -9,10 +9,11 @@ from torch import Tensor
 from adamae_fast.config import PretrainConfig
 from adamae_fast.device import arithmetic
 from adamae_fast.model.adamae import AdaMAE, AdaMAEOutput
-from adamae_fast.train.finite import FiniteGuard, NonFiniteError
+from adamae_fast.ops.sample_visible import NonFiniteLogitsError
+from adamae_fast.train.finite import FiniteGuard, NonFiniteError, non_finite
 from adamae_fast.train.optim import build_optimizer, set_learning_rate
 
-FIGURES = ("loss", "loss_reconstruction", "loss_sampling", "probability_entropy", "probability_max", "logit_range")
+FIGURES = ("loss", "loss_reconstruction", "loss_sampling", "probability_entropy", "probability_max")
 """What a forward pass reports, in this order; averaged over the micro-batches of a step."""
 
 
@@ -32,20 +33,27 @@ class Stepper:
         self.guard = FiniteGuard((*FIGURES, "grad_norm"), device)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._figures = torch.zeros(len(FIGURES), device=device)
+        self._step = self._num_clips = 0
         self._grad_norm = torch.zeros((), device=device)
 
     def begin(self, step: int, learning_rate: float) -> None:
         """Prepare for step ``step``: its learning rate and its own stream of random numbers."""
         set_learning_rate(self.optimizer, learning_rate)
         torch.manual_seed(step_seed(self._config.seed, step))
+        self._step, self._num_clips = step, 0
         self._figures = torch.zeros_like(self._figures)
 
     def accumulate(self, video_BCTHW: Tensor) -> None:
         """Forward and backward of one micro-batch of uint8 clips; gradients add up over ``train.accumulate`` calls."""
         video_BCTHW = video_BCTHW.to(self.device, non_blocking=True)
         share = 1 / self._config.train.accumulate
-        with arithmetic(self.device, self._config.train.precision):
-            output = self.model(video_BCTHW)
+        seeds_B = mask_seeds(self._config.seed, self._step, self._num_clips, video_BCTHW.shape[0])
+        self._num_clips += video_BCTHW.shape[0]
+        try:
+            with arithmetic(self.device, self._config.train.precision):
+                output = self.model(video_BCTHW, seeds=seeds_B.to(self.device, non_blocking=True))
+        except NonFiniteLogitsError as error:
+            raise non_finite(self._step, str(error)) from error
         self.scaler.scale(output.loss * share).backward()
         self._figures = self._figures + share * describe_output(output)
 
@@ -96,15 +104,19 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=(step,)).generate_state(1)[0])
 
 
+def mask_seeds(seed: int, step: int, first_clip: int, num_clips: int) -> Tensor:
+    """Return int64 seeds for the masks of clips ``first_clip`` … of one step, however it is cut into batches."""
+    state = np.random.SeedSequence(seed, spawn_key=(step, 0)).generate_state(first_clip + num_clips, np.uint64)
+    return torch.from_numpy(state[first_clip:].view(np.int64))
+
+
 @torch.no_grad()
 def describe_output(output: AdaMAEOutput) -> Tensor:
     """Return FIGURES of one forward pass as a tensor on its device; zeros where there is no sampler."""
-    entropy = largest = logit_range = torch.zeros_like(output.loss)
-    if output.logits is not None:
-        log_p_BN = torch.log_softmax(output.logits, dim=-1)
-        entropy = -(log_p_BN.exp() * log_p_BN).sum(-1).mean()
-        largest = log_p_BN.max(-1).values.exp().mean()
-        # A logit of minus infinity leaves all losses finite; the range of the logits does not stay finite.
-        logit_range = output.logits.amax() - output.logits.amin()
+    entropy = largest_p = torch.zeros_like(output.loss)
+    if output.logit_statistics is not None:
+        largest_B, log_sum_exp_B, entropy_B = output.logit_statistics.unbind(1)
+        # A logit of minus infinity leaves all losses finite; the entropy does not stay finite.
+        entropy, largest_p = entropy_B.mean(), (largest_B - log_sum_exp_B).exp().mean()
     losses = (output.loss, output.loss_reconstruction, output.loss_sampling)
-    return torch.stack([figure.detach().float() for figure in (*losses, entropy, largest, logit_range)])
+    return torch.stack([figure.detach().float() for figure in (*losses, entropy, largest_p)])

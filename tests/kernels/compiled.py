@@ -59,7 +59,7 @@ def paper_calls(dtype: torch.dtype) -> dict[str, tuple[object, ...]]:
     e = DECODER.width
     return {
         "patchify": (video, *cut, *mean_std, dtype),
-        "sample_visible": (values(b, n), values(b, n, dtype=torch.float32), k),
+        "sample_visible": (values(b, n), values(b, dtype=torch.int64), k),
         "split_tokens": (ids_bk, n),
         "gather_tokens": (values(b, n, s.width), ids_bk, slots, values(n, s.width, dtype=torch.float32)),
         "gather_tokens_backward": (values(b, k, s.width), slots),
@@ -104,7 +104,7 @@ def record(launcher, arguments: tuple[object, ...]) -> list[tuple[JITFunction, t
 
 def compile_for(arch: int, kernel: JITFunction, arguments: tuple, settings: dict):
     """Compile with the specialisation that a launch would choose: sizes that 16 divides, 1 as a constant."""
-    options = {key: settings[key] for key in ("num_warps", "num_stages") if key in settings}
+    options = {key: settings[key] for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in settings}
     named = dict(zip(kernel.arg_names, arguments, strict=False))
     named |= {key: value for key, value in settings.items() if key not in options}
     signature, constants, attributes = {}, {}, {}

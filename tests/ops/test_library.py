@@ -12,7 +12,7 @@ from torch import Tensor
 from adamae_fast import info
 from adamae_fast.ops import library, registry
 from adamae_fast.ops.patchify import embed_tubelets, patchify
-from adamae_fast.ops.sample_visible import sample_visible, split_tokens
+from adamae_fast.ops.sample_visible import split_tokens
 from adamae_fast.testing import OPERATION_INPUTS, InputFactory, OpShape
 
 needs_cpp = pytest.mark.skipif(library.reason_missing is not None, reason=f"C++ operations: {library.reason_missing}")
@@ -53,8 +53,10 @@ def test_info_says_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("impl", "device", "message"),
     [
-        ("fast", "cpu", "impl='fast': choose auto, cpp or reference"),
-        ("cpp", "meta", "takes tensors on the CPU, these are on meta"),
+        ("fast", "cpu", "impl='fast': choose one of auto, triton, cuda, cpp, reference"),
+        ("cpp", "meta", "it takes CPU tensors, these are on meta"),
+        ("triton", "cpu", "it takes CUDA tensors, these are on cpu"),
+        ("cuda", "cpu", "it takes CUDA tensors, these are on cpu"),
     ],
 )
 def test_an_implementation_that_cannot_run_is_an_error(impl: str, device: str, message: str) -> None:
@@ -114,13 +116,16 @@ def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture, monkeypatch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_keys_are_ordered_as_torch_sorts_them(dtype: torch.dtype, impl: str) -> None:
-    """NaN of either sign above infinity, both zeros equal, ties to the lower id."""
+    """NaN of either sign above infinity, ties to the lower id, below the public function, which refuses all this."""
     inf, nan = float("inf"), float("nan")
-    keys = torch.tensor([[0.0, -0.0, nan, inf, -inf, -nan, 1e-45, -1e-45, -0.0, 0.0, inf, nan]], dtype=dtype)
-    for num_visible in range(1, keys.shape[1] + 1):
-        split = sample_visible(keys, torch.zeros_like(keys), num_visible, impl=impl)
-        order = keys.sort(dim=1, descending=True, stable=True).indices[:, :num_visible]
-        assert torch.equal(split.visible_ids_BK, order.sort(dim=1).values)
+    logits = torch.tensor([[0.0, 2.0**60, nan, inf, -inf, -nan, 2.0**60, -(2.0**60), inf, nan]], dtype=dtype)
+    packet = torch.ops.adamae_fast.sample_visible
+    operation = packet.reference if impl == "reference" else packet.default
+    for num_visible in range(1, logits.shape[1] + 1):
+        visible_ids, *_, statistics = operation(logits, torch.tensor([4]), num_visible)
+        order = logits.sort(dim=1, descending=True, stable=True).indices[:, :num_visible]
+        assert torch.equal(visible_ids, order.sort(dim=1).values)
+        assert statistics[0, 2].isnan()
 
 
 OPERATIONS_WITH_FLOATS = [
@@ -151,7 +156,7 @@ def test_ids_out_of_range_are_an_error_below_the_public_functions_too(name: str,
     for i, argument in enumerate(arguments):
         if name == "gather_tokens" and i == 2:
             continue  # the inverse map is read in the backward
-        if isinstance(argument, Tensor) and argument.dtype == torch.int64:
+        if isinstance(argument, Tensor) and argument.dtype == torch.int64 and argument.dim() == 2:  # not seeds
             ids = argument.clone()
             ids[-1, -1] = wrong
             with pytest.raises(ValueError, match=re.escape(str(wrong))):

@@ -112,10 +112,10 @@ def test_public_functions_compile_into_one_graph(dynamic: bool, each_impl: None)
     shape = OpShape()
     sizes = {"tubelet_size": shape.tubelet_size, "patch_size": shape.patch_size}
 
-    def step(video: Tensor, weight: Tensor, bias: Tensor, noise: Tensor, positions: Tensor) -> Tensor:
+    def step(video: Tensor, weight: Tensor, bias: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
         tokens = embed_tubelets(video, weight, bias)
         logits = tokens.mean(2)
-        split = sample_visible(logits, noise, shape.num_visible)
+        split = sample_visible(logits, seeds, shape.num_visible)
         split = split_tokens(split.visible_ids_BK, shape.num_tokens)
         visible = gather_tokens(tokens, split.visible_ids_BK, split.slots_BN, positions)
         decoded = assemble_decoder(visible, bias, positions, split.visible_ids_BK, split.masked_ids_BM)
@@ -127,7 +127,7 @@ def test_public_functions_compile_into_one_graph(dynamic: bool, each_impl: None)
 
     factory = InputFactory(shape)
     video, weight, bias, *_ = OPERATION_INPUTS["embed_tubelets"].make_requiring_grad(factory)[0]
-    inputs = video, weight, bias, factory.noise(), factory.positions()
+    inputs = video, weight, bias, factory.seeds(), factory.positions()
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     expected, actual = step(*inputs), compiled(*inputs)
