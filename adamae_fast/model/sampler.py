@@ -58,9 +58,9 @@ class MlpSampler(nn.Module):
 
 
 def _logits(head: nn.Linear, features_BND: Tensor) -> Tensor:
-    """Apply the head in fp32, also under autocast: bf16 would leave 8 bits to tell 1568 probabilities apart."""
+    """Apply the head in its own dtype, also under autocast: bf16 would leave 8 bits to tell 1568 probabilities apart."""
     with torch.autocast(features_BND.device.type, enabled=False):
-        return head(features_BND.float()).squeeze(-1)
+        return head(features_BND.to(head.weight.dtype)).squeeze(-1)
 
 
 def build_sampler(config: SamplerConfig, num_tokens: int, token_width: int) -> AttentionSampler | MlpSampler:

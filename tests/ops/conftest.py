@@ -1,7 +1,9 @@
 """Each operation is tested in each of its implementations."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from adamae_fast.ops import (
     library,
     masked_patch_loss,
     patchify,
+    registry,
     sample_visible,
     sampling_loss,
 )
@@ -27,15 +30,21 @@ def impl(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@contextmanager
+def prefer(impl: str) -> Iterator[None]:
+    """The public functions called without ``impl`` run the reference, or with "auto" what the dispatcher prefers."""
+
+    def choose(operation: OpOverload, asked: Any, device: torch.device) -> OpOverload:
+        return registry.choose(operation, impl if asked == "auto" else asked, device)
+
+    with ExitStack() as stack:
+        for operation in OPERATIONS:
+            stack.enter_context(patch.object(operation, "choose", choose))
+        yield
+
+
 @pytest.fixture
-def each_impl(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The public functions called without ``impl`` run the reference, then what the dispatcher prefers."""
-
-    def replacement(choose: Callable[..., OpOverload]) -> Callable[..., OpOverload]:
-        def choose_tested(operation: OpOverload, asked: Any, device: torch.device) -> OpOverload:
-            return choose(operation, "reference" if asked == "auto" and impl == "reference" else asked, device)
-
-        return choose_tested
-
-    for module in OPERATIONS:
-        monkeypatch.setattr(module, "choose", replacement(module.choose))
+def each_impl(impl: str) -> Iterator[None]:
+    """The public functions called without ``impl`` run each implementation in turn."""
+    with prefer("reference" if impl == "reference" else "auto"):
+        yield
