@@ -20,10 +20,13 @@ inline float exp_of_negative(float x) {
   constexpr float kRound = 12582912.0f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f, kSmallest = -87.33654f;
   const float shifted = std::fma(x, 0x1.715476p0f, kRound), n = shifted - kRound;
   const float r = std::fma(-n, kLn2Low, std::fma(-n, kLn2High, x));
-  float series = 1.0f / 5040;
-  for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
-    series = std::fma(series, r, coefficient);
-  }
+  float series = std::fma(1.0f / 5040, r, 1.0f / 720);
+  series = std::fma(series, r, 1.0f / 120);
+  series = std::fma(series, r, 1.0f / 24);
+  series = std::fma(series, r, 1.0f / 6);
+  series = std::fma(series, r, 0.5f);
+  series = std::fma(series, r, 1.0f);
+  series = std::fma(series, r, 1.0f);
   const float power = std::bit_cast<float>((std::bit_cast<int32_t>(shifted) + 127) << 23);
   return x < kSmallest ? 0.0f : series * power;
 }
@@ -43,7 +46,8 @@ std::tuple<Tensor, Tensor> sampling_loss(const Tensor& logits, const Tensor& mas
   with_floating_type("logits", logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using C = Compute<T>;
-    const C eps = static_cast<C>(kProbabilityEps), one_less_eps = static_cast<C>(1 - kProbabilityEps);
+    const C count = static_cast<C>(num_masked), eps = static_cast<C>(kProbabilityEps);
+    const C one_less_eps = static_cast<C>(1 - kProbabilityEps);
     const auto* all_logits = data<T>(logits_BN);
     const auto* all_ids = data<int64_t>(ids_BM);
     const auto* all_errors = data<C>(error_BM);
@@ -72,20 +76,23 @@ std::tuple<Tensor, Tensor> sampling_loss(const Tensor& logits, const Tensor& mas
         const C normalizer = static_cast<C>(sum);
         for (int64_t n = 0; n < num_tokens; ++n) p[n] /= normalizer;
 
+        // Spread over all tokens, where a visible one has an error of 0, the sums are plain loops that vectorise.
         std::fill(weight.begin(), weight.end(), C{0});
+        for (int64_t i = 0; i < num_masked; ++i) weight[ids[i]] = errors[i];
         // In fp64, log p needs no logarithm of its own: it loses no digits that fp32 has.
         const double log_normalizer = static_cast<double>(largest) + std::log(sum);
         double total = 0, sum_of_weights = 0;
-        for (int64_t i = 0; i < num_masked; ++i) {
-          const int64_t id = ids[i];
-          const double log_p = static_cast<double>(row[id]) - log_normalizer;
-          total += std::clamp(log_p, lowest, highest) * errors[i];
+#pragma omp simd reduction(+ : total, sum_of_weights)
+        for (int64_t n = 0; n < num_tokens; ++n) {
+          double log_p = static_cast<double>(row[n]) - log_normalizer;
           // Written so that a p that is not a number is no clamped one, and its NaN spreads.
-          const C w = p[id] < eps || p[id] > one_less_eps ? C{0} : errors[i] / num_masked;
-          weight[id] = w;
-          sum_of_weights += w;
+          log_p = log_p < lowest ? lowest : log_p;
+          log_p = log_p > highest ? highest : log_p;
+          total += log_p * weight[n];
+          weight[n] = p[n] < eps || p[n] > one_less_eps ? C{0} : weight[n] / count;
+          sum_of_weights += weight[n];
         }
-        loss[b] = static_cast<C>(-total / num_masked);
+        loss[b] = static_cast<C>(-total / count);
         const C sum_w = static_cast<C>(sum_of_weights);
         for (int64_t n = 0; n < num_tokens; ++n) p[n] = p[n] * sum_w - weight[n];
       }
