@@ -16,7 +16,7 @@ FLAGS = [
     "-O3",
     "-g0",  # debug information would be ten times the library
     "-fopenmp-simd",  # reductions may be vectorised where the source says so; threads are torch's own
-    "-fno-trapping-math",  # nobody reads the processor's flags, so both sides of a choice may be computed; no number changes
+    "-fno-trapping-math",  # both sides of a choice may be computed, as nothing reads the processor's flags
     "-fvisibility=hidden",
     # PyTorch's stable ABI of 2.10: the library runs with that version and every later one.
     "-DTORCH_STABLE_ONLY",
