@@ -17,6 +17,7 @@ FLAGS = [
     "-g0",  # debug information would be ten times the library
     "-fopenmp-simd",  # reductions may be vectorised where the source says so; threads are torch's own
     "-ffp-contract=off",  # a + b · c is rounded twice, so that noise has the same bits everywhere
+    "-fno-trapping-math",  # both sides of a choice may be computed, as nothing reads the processor's flags
     "-fvisibility=hidden",
     # PyTorch's stable ABI of 2.10: the library runs with that version and every later one.
     "-DTORCH_STABLE_ONLY",

@@ -193,12 +193,6 @@ def _sampling_loss(f: InputFactory) -> list[Arguments]:
     return [(f.logits(), f.split().masked_ids_BM, f.per_masked())]
 
 
-def _sampling_loss_backward(f: InputFactory) -> list[Arguments]:
-    arguments = _sampling_loss(f)[0]
-    _, normalizer_B2 = torch.ops.adamae_fast.sampling_loss.default(*arguments)
-    return [(f.normal(f.shape.batch_size), *arguments, normalizer_B2)]
-
-
 OPERATION_INPUTS = {
     "patchify": OperationInputs(make=_patchify),
     "embed_tubelets": OperationInputs(make=_embed_tubelets, differentiable=(1, 2)),
@@ -215,7 +209,6 @@ OPERATION_INPUTS = {
     "masked_patch_loss": OperationInputs(make=_masked_patch_loss, differentiable=(0,)),
     "masked_patch_loss_backward": OperationInputs(make=_masked_patch_loss_backward),
     "sampling_loss": OperationInputs(make=_sampling_loss, differentiable=(0,)),
-    "sampling_loss_backward": OperationInputs(make=_sampling_loss_backward),
 }
 """Inputs of every operation that ``adamae_fast.ops`` registers, by name."""
 

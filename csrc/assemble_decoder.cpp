@@ -16,8 +16,8 @@ Tensor assemble_decoder(const Tensor& visible, const Tensor& mask_token, const T
   check_shape("mask_token", mask_token, {width});
   check_shape("positions", positions, {num_tokens, width});
   check_shape("visible_ids", visible_ids, {batch_size, num_visible});
-  const Tensor visible_ids_BK = checked_ids("visible_ids", visible_ids, batch_size, num_tokens);
-  const Tensor masked_ids_BM = checked_ids("masked_ids", masked_ids, batch_size, num_tokens);
+  const Tensor visible_ids_BK = ascending_ids("visible_ids", visible_ids, batch_size, num_tokens);
+  const Tensor masked_ids_BM = ascending_ids("masked_ids", masked_ids, batch_size, num_tokens);
   const int64_t num_masked = masked_ids_BM.size(1), num_rows = num_visible + num_masked;
   const ScalarType compute = accumulate_type(visible.scalar_type());
   const Tensor visible_BKE = contiguous(visible);

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -86,18 +87,46 @@ inline void check_dim(const char* name, const Tensor& tensor, int64_t dim) {
   check(tensor.dim() == dim, name, " has ", tensor.dim(), " dimensions; pass a tensor of ", dim);
 }
 
-// Contiguous int64 ids (B, any), each of them in 0 … num_tokens - 1.
-inline Tensor checked_ids(const char* name, const Tensor& ids, int64_t batch_size, int64_t num_tokens) {
+inline Tensor id_rows(const char* name, const Tensor& ids, int64_t batch_size) {
   check(ids.scalar_type() == ScalarType::Long, name, " is ", torch::headeronly::toString(ids.scalar_type()),
         "; pass int64 token ids");
   check_dim(name, ids, 2);
   check(ids.size(0) == batch_size, name, " has ", ids.size(0), " rows; pass one for each of ", batch_size, " clips");
-  Tensor rows = contiguous(ids);
-  if (rows.numel() == 0) return rows;
+  return contiguous(ids);
+}
+
+// Contiguous int64 ids (B, any), each of them in 0 … num_tokens - 1, in any order.
+inline Tensor checked_ids(const char* name, const Tensor& ids, int64_t batch_size, int64_t num_tokens) {
+  Tensor rows = id_rows(name, ids, batch_size);
   const auto* values = data<int64_t>(rows);
-  const auto [low, high] = std::minmax_element(values, values + rows.numel());
-  check(*low >= 0 && *high < num_tokens, name, " reaches from ", *low, " to ", *high, "; ", num_tokens,
-        " tokens have ids 0 to ", num_tokens - 1);
+  const int64_t size = rows.numel();
+  // Without an exit from the loop, which the compiler can then vectorise.
+  int64_t is_wrong = 0;
+  for (int64_t i = 0; i < size; ++i) is_wrong |= (values[i] < 0) | (values[i] >= num_tokens);
+  if (is_wrong) {
+    const auto [low, high] = std::minmax_element(values, values + size);
+    check(false, name, " reaches from ", *low, " to ", *high, "; ", num_tokens, " tokens have ids 0 to ",
+          num_tokens - 1);
+  }
+  return rows;
+}
+
+// Contiguous int64 ids (B, any), each of them in 0 … num_tokens - 1, strictly ascending within a clip.
+inline Tensor ascending_ids(const char* name, const Tensor& ids, int64_t batch_size, int64_t num_tokens) {
+  Tensor rows = id_rows(name, ids, batch_size);
+  const int64_t size = rows.size(1);
+  if (rows.numel() == 0) return rows;
+  for (int64_t b = 0; b < batch_size; ++b) {
+    const auto* row = data<int64_t>(rows) + b * size;
+    // Ids that ascend between a first and a last one in range are all in range.
+    int64_t is_wrong = (row[0] < 0) | (row[size - 1] >= num_tokens);
+    for (int64_t i = 1; i < size; ++i) is_wrong |= row[i] <= row[i - 1];
+    if (!is_wrong) continue;
+    checked_ids(name, rows, batch_size, num_tokens);
+    const int64_t place = std::adjacent_find(row, row + size, std::greater_equal<>()) - row + 1;
+    check(false, name, " of clip ", b, " are not ascending: ", row[place], " at place ", place, " follows ",
+          row[place - 1], "; pass ids as TokenSplit has them, ascending and distinct");
+  }
   return rows;
 }
 

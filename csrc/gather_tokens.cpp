@@ -9,7 +9,7 @@ namespace {
 Tensor gather_tokens(const Tensor& tokens, const Tensor& ids, const Tensor&, const Tensor& positions) {
   check_dim("tokens", tokens, 3);
   const int64_t num_tokens = tokens.size(1), width = tokens.size(2);
-  const Tensor ids_BK = checked_ids("ids", ids, tokens.size(0), num_tokens);
+  const Tensor ids_BK = ascending_ids("ids", ids, tokens.size(0), num_tokens);
   const int64_t num_visible = ids_BK.size(1);
   check_shape("positions", positions, {num_tokens, width});
   // Few tokens are taken, so a copy of all of them is avoided wherever rows are contiguous.

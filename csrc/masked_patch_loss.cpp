@@ -158,7 +158,7 @@ Tensor patch_targets(const Tensor& video, const Tensor& masked_ids, int64_t tube
                      std::string target, ScalarType dtype) {
   const Tubelets tubelets(video, tubelet_size, patch_size);
   const Target kind = parse_target(target);
-  const Tensor ids_BM = checked_ids("masked_ids", masked_ids, tubelets.batch_size, tubelets.num_tokens());
+  const Tensor ids_BM = ascending_ids("masked_ids", masked_ids, tubelets.batch_size, tubelets.num_tokens());
   const int64_t size = tubelets.pixels_per_token();
   Tensor out_BMP = torch::stable::new_empty(video, {ids_BM.size(0), ids_BM.size(1), size}, dtype);
   with_floating_type("dtype", dtype, [&](auto type) {
@@ -176,7 +176,7 @@ Tensor masked_patch_loss(const Tensor& prediction, const Tensor& video, const Te
   const Tubelets tubelets(video, tubelet_size, patch_size);
   const Target kind = parse_target(target);
   const bool is_squared = parse_is_squared(error);
-  const Tensor ids_BM = checked_ids("masked_ids", masked_ids, tubelets.batch_size, tubelets.num_tokens());
+  const Tensor ids_BM = ascending_ids("masked_ids", masked_ids, tubelets.batch_size, tubelets.num_tokens());
   const int64_t size = tubelets.pixels_per_token();
   check_shape("prediction", prediction, {ids_BM.size(0), ids_BM.size(1), size});
   const Tensor prediction_BMP = contiguous(prediction);
@@ -200,7 +200,7 @@ Tensor masked_patch_loss_backward(const Tensor& grad, const Tensor& prediction, 
   const Tubelets tubelets(video, tubelet_size, patch_size);
   const Target kind = parse_target(target);
   const bool is_squared = parse_is_squared(error);
-  const Tensor ids_BM = checked_ids("masked_ids", masked_ids, tubelets.batch_size, tubelets.num_tokens());
+  const Tensor ids_BM = ascending_ids("masked_ids", masked_ids, tubelets.batch_size, tubelets.num_tokens());
   const int64_t size = tubelets.pixels_per_token();
   check_shape("prediction", prediction, {ids_BM.size(0), ids_BM.size(1), size});
   check_shape("grad", grad, {ids_BM.size(0), ids_BM.size(1)});

@@ -58,7 +58,7 @@ class MlpSampler(nn.Module):
 
 
 def _logits(head: nn.Linear, features_BND: Tensor) -> Tensor:
-    """Apply the head in its own dtype, also under autocast: bf16 would leave 8 bits to tell 1568 probabilities apart."""
+    """Apply the head in its own dtype, also under autocast: bf16 leaves 8 bits to tell 1568 probabilities apart."""
     with torch.autocast(features_BND.device.type, enabled=False):
         return head(features_BND.to(head.weight.dtype)).squeeze(-1)
 

@@ -21,8 +21,8 @@ from adamae_fast.ops.gather_tokens import check_positions
 from adamae_fast.ops.registry import (
     Impl,
     accumulate_dtype,
+    check_ascending_ids,
     check_floating,
-    check_id_range,
     check_ids,
     check_same_device,
     choose,
@@ -44,8 +44,8 @@ _BACKWARD_SCHEMA = (
 def _reference(
     visible_BKE: Tensor, mask_token_E: Tensor, positions_NE: Tensor, visible_ids_BK: Tensor, masked_ids_BM: Tensor
 ) -> Tensor:
-    check_id_range("visible_ids", visible_ids_BK, positions_NE.shape[0])
-    check_id_range("masked_ids", masked_ids_BM, positions_NE.shape[0])
+    check_ascending_ids("visible_ids", visible_ids_BK, positions_NE.shape[0])
+    check_ascending_ids("masked_ids", masked_ids_BM, positions_NE.shape[0])
     compute = accumulate_dtype(visible_BKE.dtype)
     visible = visible_BKE.to(compute) + positions_NE[visible_ids_BK].to(compute)
     masked = mask_token_E.to(compute) + positions_NE[masked_ids_BM].to(compute)
@@ -120,7 +120,7 @@ def assemble_decoder(
     differentiable once. Deterministic.
 
     Raises ValueError if shapes, dtypes or devices disagree, K + M is not N, the table requires a gradient, ``impl``
-    cannot run here, or, for ids on the CPU, one is out of range.
+    cannot run here, or, for ids on the CPU, one is out of range or does not ascend.
     """
     check_floating("visible", visible_BKE, (None, None, None), "BKE")
     batch_size, num_visible, width = visible_BKE.shape

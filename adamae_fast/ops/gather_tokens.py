@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from adamae_fast.ops.registry import (
     Impl,
     accumulate_dtype,
+    check_ascending_ids,
     check_floating,
-    check_id_range,
     check_ids,
     check_same_device,
     choose,
@@ -36,7 +36,7 @@ _BACKWARD_SCHEMA = "gather_tokens_backward(Tensor grad, Tensor slots) -> Tensor"
 
 
 def _reference(tokens_BND: Tensor, ids_BK: Tensor, slots_BN: Tensor, positions_ND: Tensor) -> Tensor:
-    check_id_range("ids", ids_BK, tokens_BND.shape[1])
+    check_ascending_ids("ids", ids_BK, tokens_BND.shape[1])
     compute = accumulate_dtype(tokens_BND.dtype)
     picked_BKD = tokens_BND.gather(1, ids_BK.unsqueeze(2).expand(-1, -1, tokens_BND.shape[2]))
     return (picked_BKD.to(compute) + positions_ND[ids_BK].to(compute)).to(tokens_BND.dtype)
@@ -92,7 +92,7 @@ def gather_tokens(
     once. Deterministic. Gradient to the tokens only, differentiable once.
 
     Raises ValueError if shapes, dtypes or devices disagree, the table requires a gradient, ``impl`` cannot run here,
-    or, for ids on the CPU, one is out of range.
+    or, for ids on the CPU, one is out of range or does not ascend.
     """
     check_floating("tokens", tokens_BND, (None, None, None), "BND")
     batch_size, num_tokens, width = tokens_BND.shape

@@ -25,8 +25,8 @@ from adamae_fast.ops.patchify import check_video, tubelet_grid, tubelet_view
 from adamae_fast.ops.registry import (
     Impl,
     accumulate_dtype,
+    check_ascending_ids,
     check_floating,
-    check_id_range,
     check_ids,
     check_same_device,
     choose,
@@ -59,7 +59,7 @@ def _targets_reference(
     video_BCTHW: Tensor, masked_ids_BM: Tensor, tubelet_size: int, patch_size: int, target: str, dtype: torch.dtype
 ) -> Tensor:
     frames, rows, columns = tubelet_grid(video_BCTHW, tubelet_size, patch_size)
-    check_id_range("masked_ids", masked_ids_BM, frames * rows * columns)
+    check_ascending_ids("masked_ids", masked_ids_BM, frames * rows * columns)
     # Indexing the strided view copies the masked tubelets' bytes and no others.
     clip_B1 = torch.arange(video_BCTHW.shape[0], device=video_BCTHW.device).unsqueeze(1)
     frame_BM, row_BM = masked_ids_BM // (rows * columns), masked_ids_BM // columns % rows
@@ -221,7 +221,7 @@ def masked_patch_loss(
 
     Raises ValueError if shapes, dtypes or devices disagree, sizes do not divide the clip, ``target`` or ``error`` is
     unknown, a variance is asked of a single value, ``impl`` cannot run here, or, for ids on the CPU, one is out of
-    range.
+    range or does not ascend.
     """
     _check_target(video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target)
     if error not in get_args(Error):

@@ -198,3 +198,17 @@ def check_id_range(name: str, ids: Tensor, num_tokens: int) -> None:
         low, high = values.min(), values.max()
         if low < 0 or high >= num_tokens:
             raise ValueError(f"{name} reaches from {low} to {high}; {num_tokens} tokens have ids 0 to {num_tokens - 1}")
+
+
+def check_ascending_ids(name: str, ids: Tensor, num_tokens: int) -> None:
+    """Raise ValueError as :func:`check_id_range` does, or if the ids of a clip do not ascend from each to the next."""
+    check_id_range(name, ids, num_tokens)
+    if ids.device.type == "cpu":
+        values = ids.numpy()
+        clips, places = (values[:, 1:] <= values[:, :-1]).nonzero()
+        if clips.size:
+            clip, place = clips[0], places[0] + 1
+            raise ValueError(
+                f"{name} of clip {clip} are not ascending: {values[clip, place]} at place {place} follows "
+                f"{values[clip, place - 1]}; pass ids as TokenSplit has them, ascending and distinct"
+            )

@@ -15,7 +15,7 @@ from adamae_kernels.gather_tokens import gather_tokens, gather_tokens_backward
 from adamae_kernels.masked_patch_loss import masked_patch_loss, masked_patch_loss_backward, patch_targets
 from adamae_kernels.patchify import patchify
 from adamae_kernels.sample_visible import sample_visible, split_tokens
-from adamae_kernels.sampling_loss import sampling_loss, sampling_loss_backward
+from adamae_kernels.sampling_loss import sampling_loss
 
 LAUNCHERS: Mapping[str, Callable[..., Any]] = {
     launcher.__name__: launcher
@@ -31,7 +31,6 @@ LAUNCHERS: Mapping[str, Callable[..., Any]] = {
         sample_visible,
         split_tokens,
         sampling_loss,
-        sampling_loss_backward,
     )
 }
 """Every launcher by the name of its operation."""

@@ -11,8 +11,8 @@ Row numbers are 32-bit, which divides faster, offsets 64-bit.
 Bytes, with e of an element: forward B·(K + N)·E·e + 8·B·N, positions read once a clip at worst; backward
 B·(N + K)·E·e, the minimum, and twice the partial sums, 8 / (CHUNK·e) of the gradient's size.
 
-An id out of range makes its row NaN and reads nothing, so that it surfaces where the loss is checked and not as a
-read-back in every step.
+An id that is out of range or not above the one before it in its clip makes its row NaN and reads nothing, so that it
+surfaces where the loss is checked and not as a read-back in every step.
 
 Letters: B clips, N tokens, K visible, M masked, E decoder width.
 """
@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adamae_kernels.ids import load_ids
 from adamae_kernels.launch import Table, choose
 
 LAUNCH: Table = (
@@ -62,10 +63,8 @@ def _forward_kernel(
     place_R = row_R % (K + M)
     is_visible_R = place_R < K
     visible_row_R = clip_R * K + place_R
-    visible_id_R = tl.load(visible_ids + visible_row_R, mask=in_range_R & is_visible_R, other=0)
-    masked_id_R = tl.load(masked_ids + clip_R * M + place_R - K, mask=in_range_R & (place_R >= K), other=0)
-    id_R = tl.where(is_visible_R, visible_id_R, masked_id_R)
-    valid_R = (id_R >= 0) & (id_R < N)
+    pointer_R = tl.where(is_visible_R, visible_ids + visible_row_R, masked_ids + clip_R * M + place_R - K)
+    id_R, valid_R = load_ids(pointer_R, tl.where(is_visible_R, place_R, place_R - K), N, in_range_R)
 
     offset_E = tl.arange(0, BLOCK_E)
     in_row_E = offset_E < E

@@ -9,8 +9,8 @@ included, without atomics or a fill before. Row numbers are 32-bit, which divide
 Bytes, with e of an element: forward B·K·(2·D·e + 8) and the positions, read once a clip at worst; backward
 B·(N + K)·D·e + 8·B·N. Both are the minimum.
 
-An id out of range makes its row NaN and reads nothing, so that it surfaces where the loss is checked and not as a
-read-back in every step.
+An id that is out of range or not above the one before it in its clip makes its row NaN and reads nothing, so that it
+surfaces where the loss is checked and not as a read-back in every step.
 
 Letters: B clips, N tokens, K visible, D encoder width.
 """
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adamae_kernels.ids import load_ids
 from adamae_kernels.launch import Table, choose
 
 LAUNCH: Table = ((1024, {"ROWS": 4, "num_warps": 4}), (4096, {"ROWS": 1, "num_warps": 4}))
@@ -31,8 +32,7 @@ LAUNCH: Table = ((1024, {"ROWS": 4, "num_warps": 4}), (4096, {"ROWS": 1, "num_wa
 def _forward_kernel(tokens, ids, positions, out, num_rows, N, K, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_range_R = row_R < num_rows
-    id_R = tl.load(ids + row_R, mask=in_range_R, other=0)
-    valid_R = (id_R >= 0) & (id_R < N)
+    id_R, valid_R = load_ids(ids + row_R, row_R % K, N, in_range_R)
     offset_D = tl.arange(0, BLOCK_D)
     store_RD = in_range_R[:, None] & (offset_D < D)[None, :]
     load_RD = store_RD & valid_R[:, None]

@@ -14,8 +14,8 @@ With at most 2¹⁵ values a token, Σ v² fits 32 bits and Σ centred² 64.
 Bytes, with e of a prediction's element: forward B·M·(P·(e + 1) + 12), backward B·M·(P·(2·e + 1) + 12), targets
 B·M·(P·(e + 1) + 8): the minimum.
 
-An id out of range makes its token's error and gradient NaN and reads nothing, so that it surfaces where the loss is
-checked and not as a read-back in every step.
+An id that is out of range or not above the one before it in its clip makes its token's error and gradient NaN and reads
+nothing, so that it surfaces where the loss is checked and not as a read-back in every step.
 
 Letters: B clips, C channels, T frames, H, W pixels, M masked, P pixels a token; S = t · h · w, pixels of one colour.
 """
@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adamae_kernels.ids import load_ids
 from adamae_kernels.launch import Table, choose
 
 LAUNCH: Table = ((512, {"num_warps": 4}), (4096, {"num_warps": 8}))
@@ -35,13 +36,14 @@ LAUNCH: Table = ((512, {"num_warps": 4}), (4096, {"num_warps": 8}))
 
 @triton.jit
 def _target(
-    video, id_, M, T, H, W, TUBELET: tl.constexpr, PATCH: tl.constexpr, TARGET: tl.constexpr, BLOCK_S: tl.constexpr
+    video, ids, M, T, H, W, TUBELET: tl.constexpr, PATCH: tl.constexpr, TARGET: tl.constexpr, BLOCK_S: tl.constexpr
 ):
     """The target of this program's token as fp32 (S, 4 colours), its offsets in the token, and which of it is real."""
     S: tl.constexpr = TUBELET * PATCH * PATCH
     rows = H // PATCH
     columns = W // PATCH
-    valid = (id_ >= 0) & (id_ < (T // TUBELET) * rows * columns)
+    masked = tl.program_id(0)
+    id_, valid = load_ids(ids + masked.to(tl.int64), masked % M, (T // TUBELET) * rows * columns, True)
     # A valid id is a small number, and 32 bits divide faster.
     token = tl.where(valid, id_, 0).to(tl.int32)
     frame = (token // (rows * columns) * TUBELET).to(tl.int64)
@@ -52,7 +54,7 @@ def _target(
     t_S = (offset_S // (PATCH * PATCH)).to(tl.int64)
     inside_S = (t_S * H + offset_S // PATCH % PATCH) * W + offset_S % PATCH
     real_SC = (offset_S < S)[:, None] & (colour_C < 3)[None, :]
-    plane_C = ((tl.program_id(0) // M).to(tl.int64) * 3 + colour_C) * T * H * W
+    plane_C = ((masked // M).to(tl.int64) * 3 + colour_C) * T * H * W
     v_SC = tl.load(video + plane_C[None, :] + corner + inside_S[:, None], mask=real_SC, other=0).to(tl.int32)
 
     if TARGET == "raw":
@@ -92,7 +94,7 @@ def _targets_kernel(
     BLOCK_S: tl.constexpr,
 ):
     masked = tl.program_id(0).to(tl.int64)
-    target_SC, offset_SC, real_SC = _target(video, tl.load(ids + masked), M, T, H, W, TUBELET, PATCH, TARGET, BLOCK_S)
+    target_SC, offset_SC, real_SC = _target(video, ids, M, T, H, W, TUBELET, PATCH, TARGET, BLOCK_S)
     to = out + masked * (3 * TUBELET * PATCH * PATCH) + offset_SC
     tl.store(to, target_SC.to(out.dtype.element_ty), mask=real_SC)
 
@@ -115,7 +117,7 @@ def _forward_kernel(
 ):
     P: tl.constexpr = 3 * TUBELET * PATCH * PATCH
     masked = tl.program_id(0).to(tl.int64)
-    target_SC, offset_SC, real_SC = _target(video, tl.load(ids + masked), M, T, H, W, TUBELET, PATCH, TARGET, BLOCK_S)
+    target_SC, offset_SC, real_SC = _target(video, ids, M, T, H, W, TUBELET, PATCH, TARGET, BLOCK_S)
     prediction_SC = tl.load(prediction + masked * P + offset_SC, mask=real_SC, other=0.0).to(tl.float32)
     difference_SC = prediction_SC - target_SC
     term_SC = difference_SC * difference_SC if ERROR == "mse" else tl.abs(difference_SC)
@@ -141,7 +143,7 @@ def _backward_kernel(
 ):
     P: tl.constexpr = 3 * TUBELET * PATCH * PATCH
     masked = tl.program_id(0).to(tl.int64)
-    target_SC, offset_SC, real_SC = _target(video, tl.load(ids + masked), M, T, H, W, TUBELET, PATCH, TARGET, BLOCK_S)
+    target_SC, offset_SC, real_SC = _target(video, ids, M, T, H, W, TUBELET, PATCH, TARGET, BLOCK_S)
     prediction_SC = tl.load(prediction + masked * P + offset_SC, mask=real_SC, other=0.0).to(tl.float32)
     difference_SC = prediction_SC - target_SC
     if ERROR == "mse":

@@ -52,7 +52,7 @@ def paper_calls(dtype: torch.dtype) -> dict[str, tuple[object, ...]]:
     b, n, k, m, p = s.batch_size, s.num_tokens, s.num_visible, s.num_masked, s.pixels_per_token
     ids_bk, ids_bm, slots = (values(b, size, dtype=torch.int64) for size in (k, m, n))
     video = values(*s.video_shape, dtype=torch.uint8)
-    error, per_clip = values(b, m, dtype=torch.float32), values(b, dtype=torch.float32)
+    error = values(b, m, dtype=torch.float32)
     mean_std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     cut = s.tubelet_size, s.patch_size
     loss = values(b, m, p), video, ids_bm, *cut, "normalized", "mse"
@@ -69,13 +69,6 @@ def paper_calls(dtype: torch.dtype) -> dict[str, tuple[object, ...]]:
         "masked_patch_loss": loss,
         "masked_patch_loss_backward": (error, *loss),
         "sampling_loss": (values(b, n), ids_bm, error),
-        "sampling_loss_backward": (
-            per_clip,
-            values(b, n),
-            ids_bm,
-            error,
-            values(b, 2, dtype=torch.float32),
-        ),
     }
 
 

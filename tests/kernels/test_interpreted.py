@@ -10,8 +10,8 @@ from tests.conftest import REPOSITORY
 
 # Tests of the operations that hold for any implementation and have few programs, because each takes milliseconds here.
 OPERATIONS = (
-    "contract or closed_form or clamped_tokens or lose_no_digits or l1_has_no_slope or variants_normalise or ties_go or fp32"
-    " or split_tokens_sorts"
+    "contract or closed_form or clamped_tokens or lose_no_digits or l1_has_no_slope or variants_normalise"
+    " or ties_go or fp32 or split_tokens_sorts or spreads_over or never_drawn"
 )
 
 

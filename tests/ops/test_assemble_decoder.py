@@ -94,8 +94,18 @@ def test_autograd_keeps_no_tensor() -> None:
         (2, torch.zeros(15, 6, requires_grad=True), "positions requires a gradient"),
         (3, torch.zeros(2, 5, dtype=torch.int64), "visible_ids has .* 4 visible tokens"),
         (3, torch.full((2, 4), -1), "visible_ids reaches from -1"),
+        (
+            3,
+            torch.tensor([[0, 1, 2, 3], [0, 9, 5, 6]]),
+            "visible_ids of clip 1 are not ascending: 5 at place 2 follows 9",
+        ),
         (4, torch.zeros(2, 11), "masked_ids has .*float32.*int64"),
         (4, torch.full((2, 11), 15), "masked_ids reaches from 15 to 15"),
+        (
+            4,
+            torch.full((2, 11), 7),
+            "masked_ids of clip 0 are not ascending: 7 at place 1 follows 7; pass ids as Token",
+        ),
     ],
 )
 def test_names_what_is_wrong(position: int, change: Tensor, message: str) -> None:

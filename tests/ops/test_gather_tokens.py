@@ -82,6 +82,11 @@ def test_autograd_keeps_the_slots_alone() -> None:
         ({"ids": torch.zeros(2, 0, dtype=torch.int64)}, "ids has .*choose 1 to 15"),
         ({"ids": torch.zeros(2, 4, dtype=torch.int64, device="meta")}, "ids has .*meta.* on cpu"),
         ({"ids": torch.full((2, 4), 15)}, "ids reaches from 15 to 15; 15 tokens have ids 0 to 14"),
+        (
+            {"ids": torch.tensor([[0, 1, 2, 3], [0, 9, 5, 6]])},
+            "ids of clip 1 are not ascending: 5 at place 2 follows 9",
+        ),
+        ({"ids": torch.zeros(2, 4, dtype=torch.int64)}, "ids of clip 0 are not ascending: 0 at place 1 follows 0"),
         ({"slots": torch.zeros(2, 14, dtype=torch.int64)}, r"slots has shape \(2, 14\)"),
         ({"positions": torch.zeros(15, 5)}, r"positions has shape \(15, 5\).*\(N=15, D=6\)"),
         ({"positions": torch.zeros(15, 6, device="meta")}, "positions is on meta"),

@@ -166,6 +166,10 @@ def test_nothing_masked_gives_no_errors() -> None:
         ({"video": torch.zeros(SHAPE.video_shape)}, "video has .*float32"),
         ({"masked_ids": torch.zeros(2, 26)}, "masked_ids has .*int64"),
         ({"masked_ids": torch.full((2, 26), 30)}, "masked_ids reaches from 30 to 30; 30 tokens"),
+        (
+            {"masked_ids": torch.arange(26).flip(0).expand(2, 26)},
+            "masked_ids of clip 0 are not ascending: 24 at place 1",
+        ),
         ({"target": "normalised"}, "target='normalised': choose one of normalized, raw, mae_st"),
         ({"error": "l2"}, "error='l2': choose one of mse, l1"),
         ({"patch_size": 2}, "cannot be cut"),

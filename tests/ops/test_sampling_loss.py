@@ -110,6 +110,35 @@ def test_logits_far_from_zero_lose_no_digits(offset: float) -> None:
     torch.testing.assert_close(shifted, plain, rtol=1e-6, atol=1e-7)
 
 
+def test_autograd_keeps_the_gradient_alone() -> None:
+    logits, ids, error = make(OpShape(), torch.bfloat16)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        sampling_loss(logits.requires_grad_(), ids, error)
+    assert [(x.shape, x.dtype) for x in kept] == [(logits.shape, torch.float32)]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, in Triton's interpreter, of inf - inf
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logit", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 9])
+def test_a_logit_that_is_no_number_spreads_over_its_clip(dtype: torch.dtype, logit: float, place: int) -> None:
+    logits, ids, error = make(OpShape(), dtype)
+    logits[1, place] = logit
+    loss, grad = with_gradient(sampling_loss, logits, ids, error)
+    assert torch.equal(loss.isnan(), torch.tensor([False, True]))
+    assert torch.equal(grad.isnan().all(1), torch.tensor([False, True]))
+    assert grad[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_token_that_is_never_drawn_has_no_gradient_and_the_value_of_eps(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[0.0, -math.inf, 0.0]], dtype=dtype)
+    loss, grad = with_gradient(sampling_loss, logits, torch.tensor([[1, 2]]), torch.tensor([[3.0, 4.0]]))
+    assert loss.item() == pytest.approx(-(3 * math.log(PROBABILITY_EPS) + 4 * math.log(0.5)) / 2, rel=1e-6)
+    assert grad.tolist() == [[1.0, 0.0, -1.0]]
+
+
 def test_error_is_a_constant() -> None:
     logits, ids, error = make(OpShape(), torch.float32)
     error.requires_grad_()
@@ -125,6 +154,11 @@ def test_error_is_a_constant() -> None:
         (1, torch.zeros(2, 0, dtype=torch.int64), "masked_ids has .*at least one masked"),
         (1, torch.zeros(3, 11, dtype=torch.int64), "masked_ids has .*2 rows"),
         (1, torch.full((2, 11), 15), "masked_ids reaches from 15 to 15; 15 tokens have ids 0 to 14"),
+        (
+            1,
+            torch.full((2, 11), 7),
+            "masked_ids of clip 0 are not ascending: 7 at place 1 follows 7; pass ids as Token",
+        ),
         (2, torch.zeros(2, 10), r"error has shape \(2, 10\).*M=11"),
         (2, torch.zeros(2, 11, device="meta"), "error is on meta; move it to cpu"),
     ],
