@@ -1,6 +1,8 @@
-"""Builds csrc/ into adamae_fast/_C, the C++ operations for the CPU; everything else is in pyproject.toml.
+"""Builds csrc/: adamae_fast/_C, operations for the CPU, and adamae_fast/_CUDA, CUDA C++; the rest is in pyproject.toml.
 
-ADAMAE_BUILD_CPP=0 leaves it out, =1 makes a failure an error; by default a failure is reported and the references run.
+ADAMAE_BUILD_CPP=0 or ADAMAE_BUILD_CUDA=0 leaves one out, =1 makes a failure an error. By default a failure is reported,
+and CUDA is built if torch is a build with CUDA and the toolkit is there. No GPU is looked at: what is compiled is
+GPU_CODE, or what TORCH_CUDA_ARCH_LIST says if that is set.
 """
 
 import os
@@ -10,7 +12,11 @@ from pathlib import Path
 
 from setuptools import setup
 
-LOST = "the operations run as plain PyTorch references, which are slower and need more memory"
+# By NAME in ADAMAE_BUILD_NAME: the library, what it holds, and what is lost without it.
+LIBRARIES = {
+    "CPP": ("_C", "C++", "the operations run as plain PyTorch references, which are slower and need more memory"),
+    "CUDA": ("_CUDA", "CUDA", "impl='cuda' cannot be asked for"),
+}
 FLAGS = [
     "-std=c++20",
     "-O3",
@@ -23,6 +29,14 @@ FLAGS = [
     "-DTORCH_STABLE_ONLY",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
+NVCC_FLAGS = [
+    *("-std=c++20", "-O3", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+    "-fmad=false",  # a + b · c is rounded twice, so that noise has the same bits everywhere
+    "-Xcompiler=-fvisibility=hidden",
+    "-DUSE_CUDA",  # torch's headers then declare its streams
+]
+GPU_CODE = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90, 100)]
+GPU_CODE.append("-gencode=arch=compute_100,code=compute_100")  # the driver compiles it for later ones
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-march=x86-64-v3")  # AVX2 and FMA, so that a wheel also runs on another machine than this one
 
@@ -32,50 +46,72 @@ def say(line: str) -> None:
     print(f"adamae-fast: {line}", file=sys.stderr, flush=True)
 
 
-def cpp_build() -> dict[str, object]:
-    """Arguments of setup() that build the library; none if it is left out."""
-    request = os.environ.get("ADAMAE_BUILD_CPP", "auto")
-    if request not in ("0", "1", "auto"):
-        raise SystemExit(f"ADAMAE_BUILD_CPP={request}: choose 0, 1 or auto")
-    if request == "0":
-        for stale in Path("adamae_fast").glob("_C*.so"):
-            stale.unlink()
-        say(f"C++ operations are not built (ADAMAE_BUILD_CPP=0): {LOST}")
-        return {}
+def say_not_built(name: str, why: str) -> None:
+    """Say what is lost, too."""
+    _, what, lost = LIBRARIES[name]
+    say(f"{what} operations are not built ({why}): {lost}")
+
+
+def requested() -> dict[str, str]:
+    """What the environment asks for each library, 1 or auto; one that it refuses is removed and left out."""
+    wanted = {name: os.environ.get(f"ADAMAE_BUILD_{name}", "auto") for name in LIBRARIES}
+    for name, request in wanted.items():
+        if request not in ("0", "1", "auto"):
+            raise SystemExit(f"ADAMAE_BUILD_{name}={request}: choose 0, 1 or auto")
+        if request == "0":
+            for stale in Path("adamae_fast").glob(f"{LIBRARIES[name][0]}.*so"):
+                stale.unlink()
+            say_not_built(name, f"ADAMAE_BUILD_{name}=0")
+    return {name: request for name, request in wanted.items() if request != "0"}
+
+
+def build() -> dict[str, object]:
+    """Arguments of setup() that build the libraries; none without torch."""
+    wanted = requested()
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
-        if request == "1":
+        if "1" in wanted.values():
             raise
-        say(f"C++ operations are not built, as torch is not there ({error}; pip install --no-build-isolation): {LOST}")
+        for name in wanted:
+            say_not_built(name, f"torch is not there: {error}; pip install --no-build-isolation")
         return {}
+    if "CUDA" in wanted and not (torch.version.cuda and CUDA_HOME):
+        without = "a CUDA toolkit: nvcc or CUDA_HOME" if torch.version.cuda else "a torch that is built for CUDA"
+        if wanted.pop("CUDA") == "1":
+            raise SystemExit(f"ADAMAE_BUILD_CUDA=1 needs {without}, here is torch {torch.__version__}")
+        say_not_built("CUDA", f"it needs {without}")
 
     class Build(BuildExtension):
-        """Compiles, or says why not."""
+        """Compiles one library after another, or says why not."""
 
         def run(self) -> None:
-            say(f"building C++ operations for the CPU with torch {torch.__version__}")
-            try:
-                super().run()
-            except Exception as error:  # a missing or unfit compiler shows in many ways
-                if request == "1":
-                    raise
-                say(f"C++ operations are not built ({type(error).__name__}: {error}): {LOST}")
-                self.extensions = []
+            built, compiler = [], self.compiler
+            for (name, request), extension in zip(wanted.items(), self.extensions, strict=True):
+                say(f"building {LIBRARIES[name][1]} operations with torch {torch.__version__}")
+                self.extensions, self.compiler = [extension], compiler
+                try:
+                    super().run()
+                    built.append(extension)
+                except Exception as error:  # a missing or unfit compiler shows in many ways
+                    if request == "1":
+                        raise
+                    say_not_built(name, f"{type(error).__name__}: {error}")
+            self.extensions = built
 
-    extension = CppExtension(
-        "adamae_fast._C",
-        [str(path) for path in sorted(Path("csrc").glob("*.cpp"))],
-        depends=[str(path) for path in sorted(Path("csrc").glob("*.h"))],
-        extra_compile_args=FLAGS,
-        py_limited_api=True,
-    )
+    files = sorted(str(path) for path in Path("csrc").iterdir())
+    common = {"depends": [f for f in files if f.endswith((".h", ".cuh"))], "py_limited_api": True}
+    cpp, cuda = ([f for f in files if f.endswith(end)] for end in (".cpp", (".cu", "library.cpp")))
+    flags = {"cxx": FLAGS, "nvcc": NVCC_FLAGS + ([] if os.environ.get("TORCH_CUDA_ARCH_LIST") else GPU_CODE)}
+    make = {"CPP": (CppExtension, cpp, FLAGS), "CUDA": (CUDAExtension, cuda, flags)}
+    parts = [(LIBRARIES[name][0], *make[name]) for name in wanted]
     return {
-        "ext_modules": [extension],
+        "ext_modules": [kind(f"adamae_fast.{lib}", s, extra_compile_args=f, **common) for lib, kind, s, f in parts],
         "cmdclass": {"build_ext": Build.with_options(use_ninja=False)},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
 
 
-setup(**cpp_build())
+if __name__ == "__main__":
+    setup(**build())

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -70,7 +71,10 @@ def _device() -> str:
 
 def _backends() -> list[Backend]:
     return [
-        _cpp_operations(),
+        _library("cpp", "operations on the CPU", library.PATH, library.reason_missing, _LOST_CPP),
+        _library(
+            "cuda", "operations on the GPU in CUDA C++", library.PATH_CUDA, library.reason_missing_cuda, _LOST_CUDA
+        ),
         # PyAV before decord, whose old codec libraries the whole process sees: PyAV must not pick them up.
         _package("av", "PyAV: lists frames, decodes what decord cannot, writes videos"),
         _package("decord", "fast seeking video decoder"),
@@ -83,11 +87,14 @@ def _backends() -> list[Backend]:
     ]
 
 
-def _cpp_operations() -> Backend:
-    reason = library.reason_missing
-    lost = f"{reason}. Until then the operations run as plain PyTorch references, slower and with more memory"
-    detail = lost if reason else f"built for torch {library.built_for(library.PATH)}"
-    return Backend("cpp", "operations on the CPU", reason is None, detail)
+_LOST_CPP = "the operations run as plain PyTorch references, slower and with more memory"
+_LOST_CUDA = "impl='cuda' cannot be asked for"
+
+
+def _library(name: str, purpose: str, path: Path, reason: str | None, lost: str) -> Backend:
+    """What setup.py built, or what is lost without it."""
+    detail = f"{reason}. Until then {lost}" if reason else f"built for torch {library.built_for(path)}"
+    return Backend(name, purpose, reason is None, detail)
 
 
 def _package(module: str, purpose: str) -> Backend:

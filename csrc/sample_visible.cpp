@@ -1,11 +1,11 @@
 // sample_visible and split_tokens: formulas in adamae_fast/ops/sample_visible.py.
 //
 // The K largest keys are found by selection, without a sort; ids come out ascending because they are written in order.
-#include <cstring>
 #include <functional>
 
 #include "common.h"
 #include "gumbel.h"
+#include "ordered.h"
 
 namespace adamae {
 namespace {
@@ -40,18 +40,6 @@ struct Split {
 
   std::tuple<Tensor, Tensor, Tensor> tensors() const { return {visible_ids_BK, masked_ids_BM, slots_BN}; }
 };
-
-// An integer with the order that a descending sort of torch sees: NaN above every number, -0 equal to +0.
-template <class C>
-auto ordered(C key) {
-  using Bits = std::conditional_t<sizeof(C) == 8, uint64_t, uint32_t>;
-  if (std::isnan(key)) return ~Bits{0};
-  key += C{0};  // -0 becomes +0
-  Bits bits;
-  std::memcpy(&bits, &key, sizeof bits);
-  const Bits sign = Bits{1} << (8 * sizeof bits - 1);
-  return bits & sign ? ~bits : bits | sign;
-}
 
 // Random bits of kLanes blocks of four tokens at a time: as many as a vector register holds.
 constexpr int64_t kLanes = 8;

@@ -178,7 +178,9 @@ def test_every_module_imports_without_the_optional_packages() -> None:
 
 def test_no_file_is_longer_than_600_lines() -> None:
     folders = ("adamae_fast", "kernels", "csrc", "bench", "tests")
-    files = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".cpp", ".cu", ".h"}]
+    files = [
+        p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"}
+    ]
     assert len(files) > len(SOURCES)
     lengths = {relative(path): len(path.read_text().splitlines()) for path in files}
     assert {path: length for path, length in lengths.items() if length > 600} == {}

@@ -21,13 +21,13 @@ SIZES = {"tubelet_size": 2, "patch_size": 2}
 
 
 def test_a_library_that_was_not_built_is_said_to_be_so(tmp_path: Path) -> None:
-    assert "not built" in library.load(tmp_path / "_C.abi3.so")
+    assert "not built; with a compiler, build it again" in library.load(tmp_path / "_C.abi3.so", "a compiler")
 
 
 def test_a_library_for_another_torch_is_named(tmp_path: Path) -> None:
     path = tmp_path / "_C.abi3.so"
     path.write_bytes(b"\x7fELF adamae_fast built for torch 2.10.0+cu130\0")
-    reason = library.load(path)
+    reason = library.load(path, "a compiler")
     assert f"built for torch 2.10.0+cu130, running is torch {torch.__version__}" in reason
 
 
@@ -35,7 +35,7 @@ def test_a_library_for_a_newer_processor_is_not_loaded(tmp_path: Path, monkeypat
     path = tmp_path / "_C.abi3.so"
     path.write_bytes(b"adamae_fast needs AVX2\0")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert "AVX2" in library.load(path)
+    assert "AVX2" in library.load(path, "a compiler")
 
 
 @needs_cpp
@@ -43,11 +43,16 @@ def test_the_library_knows_what_it_was_built_for() -> None:
     assert torch.__version__.startswith(library.built_for(library.PATH))
 
 
-def test_info_says_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "reason_missing", "not built")
+@pytest.mark.parametrize(
+    ("name", "attribute", "lost"),
+    [("cpp", "reason_missing", "references"), ("cuda", "reason_missing_cuda", "impl='cuda' cannot be asked for")],
+)
+def test_info_says_what_is_lost(name: str, attribute: str, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, attribute, "not built")
     backends = {backend.name: backend for backend in info.collect()[1]}
-    assert not backends["cpp"].available
-    assert "references" in backends["cpp"].detail
+    assert not backends[name].available
+    assert backends[name].detail.startswith("not built")
+    assert lost in backends[name].detail
 
 
 @pytest.mark.parametrize(
