@@ -12,11 +12,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import triton
 from adamae_kernels import LAUNCHERS
 
 from adamae_fast.ops.registry import NAMESPACE
 
 assert os.environ["TRITON_INTERPRET"] == "1", "set before Triton is imported"
+assert os.environ["ADAMAE_TESTED_TRITON"] == triton.__version__, f"{triton.__file__} is another Triton"
 
 # Memory that torch hands out holds NaN (the largest number, for ids), so that an element never written shows.
 torch.use_deterministic_algorithms(True)
