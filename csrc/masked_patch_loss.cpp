@@ -135,23 +135,31 @@ void for_each_target(const Tubelets& tubelets, Target target, const Tensor& ids_
   });
 }
 
+// Σ term(i), in eight sums side by side: they round less than one sum does, whether or not the compiler vectorises it.
+template <class C, class Term>
+C sum_of(int64_t size, const Term& term) {
+  constexpr int64_t kLanes = 8;
+  C sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += term(i + lane);
+  }
+  for (; i < size; ++i) sums[i % kLanes] += term(i);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
 template <class T, class C>
 C squared_error(const T* prediction, const C* target, int64_t size) {
-  C sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < size; ++i) {
+  return sum_of<C>(size, [=](int64_t i) {
     const C difference = static_cast<C>(prediction[i]) - target[i];
-    sum += difference * difference;
-  }
-  return sum;
+    return difference * difference;
+  });
 }
 
 template <class T, class C>
 C absolute_error(const T* prediction, const C* target, int64_t size) {
-  C sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < size; ++i) sum += std::abs(static_cast<C>(prediction[i]) - target[i]);
-  return sum;
+  return sum_of<C>(size, [=](int64_t i) { return std::abs(static_cast<C>(prediction[i]) - target[i]); });
 }
 
 Tensor patch_targets(const Tensor& video, const Tensor& masked_ids, int64_t tubelet_size, int64_t patch_size,
