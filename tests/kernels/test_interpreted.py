@@ -22,7 +22,7 @@ def test_kernels_keep_their_contracts_in_the_interpreter() -> None:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")]),
     }
-    files = ["sampling_loss", "masked_patch_loss", "assemble_decoder", "sample_visible"]
+    files = ["sampling_loss", "masked_patch_loss", "head_patch_loss", "assemble_decoder", "sample_visible"]
     command = [sys.executable, "-m", "pytest", "-p", "tests.kernels.interpreter", "-p", "no:cacheprovider"]
     command += ["tests/kernels/contract.py", *(f"tests/ops/test_{name}.py" for name in files)]
     command += ["-k", f"contract or {OPERATIONS}"]
