@@ -92,7 +92,7 @@ def test_the_backward_of_a_reference_is_a_reference(name: str, monkeypatch: pyte
         output = getattr(torch.ops.adamae_fast, name).reference(*arguments)
         (output if isinstance(output, Tensor) else output[0]).sum().backward()
     seen = {event.key for event in profile.key_averages() if event.key.startswith("adamae_fast::")}
-    assert seen == {f"adamae_fast::{name}", f"adamae_fast::{name}_backward"}
+    assert seen == {f"adamae_fast::{x}" for x in (name, f"{name}_backward") if x in OPERATION_INPUTS}
 
 
 def test_a_request_can_be_compiled(impl: str) -> None:
@@ -123,13 +123,14 @@ def test_keys_are_ordered_as_torch_sorts_them(dtype: torch.dtype, impl: str) -> 
         assert torch.equal(split.visible_ids_BK, order.sort(dim=1).values)
 
 
+PRODUCTS = ("embed_tubelets", "head_patch_loss")  # of PyTorch, which checks their factors
 OPERATIONS_WITH_FLOATS = [
     name for name in OPERATION_INPUTS if name not in ("patchify", "split_tokens", "patch_targets")
 ]
 
 
 @needs_cpp
-@pytest.mark.parametrize("name", [n for n in OPERATIONS_WITH_FLOATS if not n.startswith("embed")])
+@pytest.mark.parametrize("name", [n for n in OPERATIONS_WITH_FLOATS if not n.startswith(PRODUCTS)])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e5m2, torch.complex64])
 def test_other_dtypes_are_an_error_below_the_public_functions_too(name: str, dtype: torch.dtype) -> None:
     operation = getattr(torch.ops.adamae_fast, name).default
@@ -159,7 +160,7 @@ def test_ids_out_of_range_are_an_error_below_the_public_functions_too(name: str,
 
 
 @needs_cpp
-@pytest.mark.parametrize("name", [n for n in OPERATION_INPUTS if not n.startswith("embed")])
+@pytest.mark.parametrize("name", [n for n in OPERATION_INPUTS if not n.startswith(PRODUCTS)])
 def test_other_shapes_never_reach_memory(name: str) -> None:
     """Each tensor in turn loses a column, a row or a dimension: an error, or a smaller result."""
     operation = getattr(torch.ops.adamae_fast, name).default
