@@ -72,9 +72,9 @@ class Arm:
         return functools.partial(self.function, **{name: inputs[name] for name in self.names})
 
     def outputs(self, inputs: Inputs) -> Outputs:
-        """What one call returns."""
+        """The tensors that one call returns."""
         result = self.bind(inputs)()
-        return (result,) if isinstance(result, Tensor) else tuple(result)
+        return (result,) if isinstance(result, Tensor) else tuple(x for x in result if x is not None)
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from adamae_fast.ops.gather_tokens import gather_tokens
 from adamae_fast.ops.masked_patch_loss import masked_patch_loss, patch_targets
 from adamae_fast.ops.patchify import IMAGENET_MEAN, IMAGENET_STD, embed_tubelets, patchify
 from adamae_fast.ops.registry import Impl
-from adamae_fast.ops.sample_visible import gumbel_noise, sample_visible, split_tokens
+from adamae_fast.ops.sample_visible import sample_visible, split_tokens
 from adamae_fast.ops.sampling_loss import sampling_loss
 from adamae_fast.testing import InputFactory, OpShape
 from bench import published, tuned
@@ -136,11 +136,6 @@ def _loss_inputs(f: InputFactory) -> Inputs:
     return {**_target_inputs(f), "prediction_BMP": f.prediction()}
 
 
-def _sample_and_draw(logits_BN: Tensor, num_visible: int, *, impl: Impl) -> Outputs:
-    """With the noise, since the other arms draw theirs."""
-    return sample_visible(logits_BN, gumbel_noise(logits_BN.shape, device=logits_BN.device), num_visible, impl=impl)
-
-
 def _mean_sampling_loss(logits_BN: Tensor, masked_ids_BM: Tensor, error_BM: Tensor, *, impl: Impl) -> Tensor:
     return sampling_loss(logits_BN, masked_ids_BM, error_BM, impl=impl).mean()
 
@@ -189,14 +184,16 @@ ENTRIES: Mapping[str, Entry] = {
         backward_bytes=lambda s, e: _video(s) + (s.pixels_per_token + 1 + s.batch_size * s.num_tokens) * s.width * e,
     ),
     "sample_visible": Entry(
-        operation=_sample_and_draw,
+        operation=sample_visible,
         published=published.sample_visible,
         tuned=tuned.sample_visible,
-        inputs=lambda f: {"logits_BN": f.logits(), "num_visible": f.shape.num_visible},
+        inputs=lambda f: {"logits_BN": f.logits(), "seeds_B": f.seeds(), "num_visible": f.shape.num_visible},
         cuda_dtype=torch.float32,
         check=_check_split,
         gates=_gates("test_sample_visible.py", "sample_visible"),
-        forward_bytes=lambda s, e: s.batch_size * s.num_tokens * (e + 2 * 8),  # logits; ids and slots
+        forward_bytes=lambda s, e: (
+            s.batch_size * (s.num_tokens * (e + 2 * 8) + 8 + 3 * 4)
+        ),  # logits, split, seed, statistics
         goals=(
             Goal(device="cpu", mode="forward", published=2),
             Goal(device="cuda", mode="forward", published=8, compiled=3, microseconds=8),
