@@ -25,7 +25,8 @@ sanitize: $(INSTALLED) ## the tests of the operations against a library that sto
 	sed -i 's/"-g0"/"-g", "$(SANITIZE)", "-fno-sanitize-recover=undefined"/' build/sanitize/setup.py
 	cd build/sanitize && ADAMAE_BUILD_CPP=1 ADAMAE_BUILD_CUDA=0 CXX=$(CXX) LDFLAGS="$(SANITIZE)" \
 	    $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
-	cd build/sanitize && LD_PRELOAD=$(RUNTIMES) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	cd build/sanitize && LD_PRELOAD=$(RUNTIMES) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	    UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(abspath $(BIN))/python -c 'import pytest, sys; from adamae_fast.ops import library; \
 	    b"__asan_init" in library.PATH.read_bytes() and not library.reason_missing or sys.exit("not sanitized"); \
 	    sys.exit(pytest.main(["tests/ops", "--capture=sys"]))'

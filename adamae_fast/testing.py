@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -134,6 +134,19 @@ class OperationInputs:
     differentiable: tuple[int, ...] = ()
     """Which arguments get a gradient."""
 
+    written: tuple[int, ...] = ()
+    """Which arguments the operation writes to."""
+
+    def results(self, function: Callable[..., Any], arguments: Arguments) -> list[Tensor]:
+        """What a call returns, then what it wrote to its arguments, which get their values back."""
+        written = [x for i, x in enumerate(arguments) if i in self.written and isinstance(x, Tensor)]
+        before = [x.clone() for x in written]
+        returned = function(*arguments)
+        after = [x.clone(memory_format=torch.contiguous_format) for x in written]
+        for x, values in zip(written, before, strict=True):
+            x.copy_(values)
+        return [*([returned] if isinstance(returned, Tensor) else returned), *after]
+
     def make_requiring_grad(self, factory: InputFactory) -> list[Arguments]:
         """The same arguments, with gradients recorded for the differentiable ones."""
         return [
@@ -145,6 +158,9 @@ class OperationInputs:
             )
             for arguments in self.make(factory)
         ]
+
+
+_EACH_TARGET_AND_ERROR = (("normalized", "mse"), ("raw", "l1"), ("mae_st", "mse"))
 
 
 def _patchify(f: InputFactory) -> list[Arguments]:
@@ -189,6 +205,32 @@ def _masked_patch_loss_backward(f: InputFactory) -> list[Arguments]:
     return [(f.per_masked(), *arguments) for arguments in _masked_patch_loss(f)]
 
 
+def _head_patch_loss(f: InputFactory) -> list[Arguments]:
+    sizes = f.shape.tubelet_size, f.shape.patch_size
+    p, width = f.shape.pixels_per_token, f.shape.width
+    return [
+        (
+            *(f.tokens(f.shape.num_masked), f.normal(p, width), f.normal(p)),
+            *(f.video(), f.split().masked_ids_BM, *sizes, target, error, True),
+        )
+        for target, error in _EACH_TARGET_AND_ERROR
+    ]
+
+
+def _patch_loss_step(f: InputFactory) -> list[Arguments]:
+    sizes = f.shape.tubelet_size, f.shape.patch_size
+    # From inside one clip to inside another.
+    total = f.shape.batch_size * f.shape.num_masked
+    first, last = total // 5, total - total // 7
+    return [
+        (
+            *(f.normal(last - first, f.shape.pixels_per_token), f.video(), f.split().masked_ids_BM),
+            *(first, *sizes, target, error),
+        )
+        for target, error in _EACH_TARGET_AND_ERROR
+    ]
+
+
 def _sampling_loss(f: InputFactory) -> list[Arguments]:
     return [(f.logits(), f.split().masked_ids_BM, f.per_masked())]
 
@@ -208,6 +250,8 @@ OPERATION_INPUTS = {
     "patch_targets": OperationInputs(make=_patch_targets),
     "masked_patch_loss": OperationInputs(make=_masked_patch_loss, differentiable=(0,)),
     "masked_patch_loss_backward": OperationInputs(make=_masked_patch_loss_backward),
+    "head_patch_loss": OperationInputs(make=_head_patch_loss, differentiable=(0, 1, 2)),
+    "patch_loss_step": OperationInputs(make=_patch_loss_step, written=(0,)),
     "sampling_loss": OperationInputs(make=_sampling_loss, differentiable=(0,)),
 }
 """Inputs of every operation that ``adamae_fast.ops`` registers, by name."""

@@ -1,4 +1,5 @@
-// masked_patch_loss, its gradient, and patch_targets: formulas in adamae_fast/ops/masked_patch_loss.py.
+// masked_patch_loss, its gradient, patch_targets and patch_loss_step: formulas in adamae_fast/ops/masked_patch_loss.py
+// and head_patch_loss.py.
 //
 // Each thread builds the target of one token at a time, a few KB that stay in its cache; no target reaches memory.
 #include "tubelets.h"
@@ -121,17 +122,18 @@ class TargetBuilder {
   std::vector<C> divide_, values_;
 };
 
-// Calls body(i, target) for each masked token i of the batch, on torch's threads.
+// Calls body(i, target) for `count` masked tokens of the batch, on torch's threads; i = 0 is token `first`.
 template <class C, class Body>
-void for_each_target(const Tubelets& tubelets, Target target, const Tensor& ids_BM, const Body& body) {
+void for_each_target(const Tubelets& tubelets, Target target, const Tensor& ids_BM, int64_t first, int64_t count,
+                     const Body& body) {
   // The largest count · v of a token must stay an int32.
   check(tubelets.pixels_per_token() < (int64_t{1} << 22), "a token of ", tubelets.pixels_per_token(),
         " pixels is too large; choose smaller tubelets");
   const int64_t num_masked = ids_BM.size(1);
-  const auto* ids = data<int64_t>(ids_BM);
-  parallel_rows(ids_BM.numel(), tubelets.pixels_per_token(), [&](int64_t begin, int64_t end) {
+  const auto* ids = data<int64_t>(ids_BM) + first;
+  parallel_rows(count, tubelets.pixels_per_token(), [&](int64_t begin, int64_t end) {
     TargetBuilder<C> builder(tubelets, target);
-    for (int64_t i = begin; i < end; ++i) body(i, builder.build(i / num_masked, ids[i]));
+    for (int64_t i = begin; i < end; ++i) body(i, builder.build((first + i) / num_masked, ids[i]));
   });
 }
 
@@ -149,6 +151,11 @@ C sum_of(int64_t size, const Term& term) {
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
+template <class C, class Body>
+void for_each_target(const Tubelets& tubelets, Target target, const Tensor& ids_BM, const Body& body) {
+  for_each_target<C>(tubelets, target, ids_BM, 0, ids_BM.numel(), body);
+}
+
 template <class T, class C>
 C squared_error(const T* prediction, const C* target, int64_t size) {
   return sum_of<C>(size, [=](int64_t i) {
@@ -160,6 +167,26 @@ C squared_error(const T* prediction, const C* target, int64_t size) {
 template <class T, class C>
 C absolute_error(const T* prediction, const C* target, int64_t size) {
   return sum_of<C>(size, [=](int64_t i) { return std::abs(static_cast<C>(prediction[i]) - target[i]); });
+}
+
+template <class T, class C>
+C error_of(bool is_squared, const T* prediction, const C* target, int64_t size) {
+  return (is_squared ? squared_error(prediction, target, size) : absolute_error(prediction, target, size)) / size;
+}
+
+// Writes size · factor times the derivative of the error; out may be the prediction itself.
+template <class T, class C>
+void write_slope(bool is_squared, const T* prediction, const C* target, C factor, int64_t size, T* out) {
+  if (is_squared) {
+    for (int64_t p = 0; p < size; ++p) {
+      out[p] = static_cast<T>(2 * (static_cast<C>(prediction[p]) - target[p]) * factor);
+    }
+  } else {
+    for (int64_t p = 0; p < size; ++p) {
+      const C difference = static_cast<C>(prediction[p]) - target[p];
+      out[p] = static_cast<T>(static_cast<C>((difference > 0) - (difference < 0)) * factor);
+    }
+  }
 }
 
 Tensor patch_targets(const Tensor& video, const Tensor& masked_ids, int64_t tubelet_size, int64_t patch_size,
@@ -195,8 +222,7 @@ Tensor masked_patch_loss(const Tensor& prediction, const Tensor& video, const Te
     const auto* predicted = data<T>(prediction_BMP);
     auto* out = mutable_data<C>(out_BM);
     for_each_target<C>(tubelets, kind, ids_BM, [&](int64_t i, const C* values) {
-      const T* row = predicted + i * size;
-      out[i] = (is_squared ? squared_error(row, values, size) : absolute_error(row, values, size)) / size;
+      out[i] = error_of(is_squared, predicted + i * size, values, size);
     });
   });
   return out_BM;
@@ -222,22 +248,40 @@ Tensor masked_patch_loss_backward(const Tensor& grad, const Tensor& prediction, 
     const auto* factors = data<C>(grad_BM);
     auto* out = mutable_data<T>(out_BMP);
     for_each_target<C>(tubelets, kind, ids_BM, [&](int64_t i, const C* values) {
-      const C factor = factors[i] / size;
-      const T* row = predicted + i * size;
-      T* out_row = out + i * size;
-      if (is_squared) {
-        for (int64_t p = 0; p < size; ++p) {
-          out_row[p] = static_cast<T>(2 * (static_cast<C>(row[p]) - values[p]) * factor);
-        }
-      } else {
-        for (int64_t p = 0; p < size; ++p) {
-          const C difference = static_cast<C>(row[p]) - values[p];
-          out_row[p] = static_cast<T>(static_cast<C>((difference > 0) - (difference < 0)) * factor);
-        }
-      }
+      write_slope(is_squared, predicted + i * size, values, factors[i] / size, size, out + i * size);
     });
   });
   return out_BMP;
+}
+
+Tensor patch_loss_step(Tensor prediction, const Tensor& video, const Tensor& masked_ids, int64_t first_row,
+                       int64_t tubelet_size, int64_t patch_size, std::string target, std::string error) {
+  const Tubelets tubelets(video, tubelet_size, patch_size);
+  const Target kind = parse_target(target);
+  const bool is_squared = parse_is_squared(error);
+  const Tensor ids_BM = checked_ids("masked_ids", masked_ids, tubelets.batch_size, tubelets.num_tokens());
+  const int64_t size = tubelets.pixels_per_token();
+  check_dim("prediction", prediction, 2);
+  const int64_t num_rows = prediction.size(0);
+  check_shape("prediction", prediction, {num_rows, size});
+  check(first_row >= 0 && first_row <= ids_BM.numel() - num_rows, "first_row=", first_row, " and ", num_rows,
+        " rows of prediction leave the ", ids_BM.numel(), " masked tokens");
+  const Tensor prediction_RP = contiguous(prediction);
+  Tensor out_R = torch::stable::new_empty(prediction, {num_rows}, accumulate_type(prediction.scalar_type()));
+  with_floating_type("prediction", prediction.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using C = Compute<T>;
+    auto* rows = mutable_data<T>(prediction_RP);
+    auto* out = mutable_data<C>(out_R);
+    for_each_target<C>(tubelets, kind, ids_BM, first_row, num_rows, [&](int64_t i, const C* values) {
+      T* row = rows + i * size;
+      // Two loops over a row in the cache, because compilers vectorise each of them alone.
+      out[i] = error_of(is_squared, row, values, size);
+      write_slope(is_squared, row, values, C{1}, size, row);
+    });
+  });
+  if (!prediction.is_contiguous()) torch::stable::copy_(prediction, prediction_RP);
+  return out_R;
 }
 
 }  // namespace
@@ -246,6 +290,7 @@ STABLE_TORCH_LIBRARY_IMPL(adamae_fast, CPU, m) {
   m.impl("patch_targets", TORCH_BOX(&patch_targets));
   m.impl("masked_patch_loss", TORCH_BOX(&masked_patch_loss));
   m.impl("masked_patch_loss_backward", TORCH_BOX(&masked_patch_loss_backward));
+  m.impl("patch_loss_step", TORCH_BOX(&patch_loss_step));
 }
 
 }  // namespace adamae

@@ -155,6 +155,11 @@ def test_kernels_know_torch_and_triton_and_not_the_training_system() -> None:
         assert [n for n in imported(ast.parse(path.read_text()), package) if not is_in(n, allowed)] == [], path
 
 
+def test_nothing_imports_the_measurements() -> None:
+    for path in [*SOURCES, *KERNELS]:
+        assert [n for n in imported(ast.parse(path.read_text()), package_of(path)) if is_in(n, {"bench"})] == [], path
+
+
 def test_import_is_light() -> None:
     loaded = run_python("import adamae_fast, sys; print(*sys.modules)")
     assert "adamae_fast" in loaded

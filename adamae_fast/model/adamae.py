@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +27,7 @@ from adamae_fast.model.sizes import SIZES
 from adamae_fast.model.tokenizer import Tokenizer
 from adamae_fast.ops.assemble_decoder import assemble_decoder
 from adamae_fast.ops.gather_tokens import gather_tokens
+from adamae_fast.ops.head_patch_loss import head_patch_loss
 from adamae_fast.ops.masked_patch_loss import masked_patch_loss
 from adamae_fast.ops.sample_visible import TokenSplit, check_seeds, split_tokens
 from adamae_fast.ops.sampling_loss import sampling_loss
@@ -46,11 +47,12 @@ class AdaMAEOutput:
     loss_sampling: Tensor
     """REINFORCE loss of the sampler (equation 5, with log-probabilities); zero without a sampler."""
 
-    prediction: Tensor
-    """(B, M, P): pixels of the masked tokens in the units of loss.target."""
+    prediction: Tensor | None
+    """(B, M, P): pixels of the masked tokens in the units of loss.target; None in training mode, where it never exists
+    as a whole: the loss is fused with the layer that makes it."""
 
     error: Tensor
-    """(B, M) fp32: error of each masked token, mean over its pixels."""
+    """(B, M) fp32: error of each masked token, mean over its pixels; a constant in training mode."""
 
     logits: Tensor | None
     """(B, N) of the sampler, whose softmax is the probability map; None for strategies without a sampler."""
@@ -149,18 +151,9 @@ class AdaMAE(nn.Module):
         decoder_input_BNE = assemble_decoder(
             features_BKE, self.mask_token, self.decoder_positions_NE, split.visible_ids_BK, split.masked_ids_BM
         )
-        prediction_BMP = self.decoder(decoder_input_BNE, split.masked_ids_BM.shape[1])
-
-        error_BM = masked_patch_loss(
-            prediction_BMP,
-            video,
-            split.masked_ids_BM,
-            tubelet_size=self.grid.tubelet_size,
-            patch_size=self.grid.patch_size,
-            target=self.loss_config.target,
-            error=self.loss_config.error,
-        )
-        loss_reconstruction = loss = error_BM.mean()
+        hidden_BME = self.decoder(decoder_input_BNE, split.masked_ids_BM.shape[1])
+        loss_reconstruction, error_BM, prediction_BMP = self._compare(hidden_BME, video, split.masked_ids_BM)
+        loss = loss_reconstruction
         loss_sampling = torch.zeros_like(loss_reconstruction)
         if logits_BN is not None:
             loss_sampling = sampling_loss(logits_BN, split.masked_ids_BM, error_BM.detach()).mean()
@@ -176,6 +169,21 @@ class AdaMAE(nn.Module):
             visible_ids=split.visible_ids_BK,
             masked_ids=split.masked_ids_BM,
         )
+
+    def _compare(self, hidden_BME: Tensor, video: Tensor, ids_BM: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Mean error, error of each masked token, and the prediction where it exists."""
+        head = self.decoder.head
+        settings: dict[str, Any] = {
+            "tubelet_size": self.grid.tubelet_size,
+            "patch_size": self.grid.patch_size,
+            "target": self.loss_config.target,
+            "error": self.loss_config.error,
+        }
+        if self.training:
+            return *head_patch_loss(hidden_BME, head.weight, head.bias, video, ids_BM, **settings), None
+        prediction_BMP = head(hidden_BME)
+        error_BM = masked_patch_loss(prediction_BMP, video, ids_BM, **settings)
+        return error_BM.mean(), error_BM, prediction_BMP
 
     def _split(
         self, video: Tensor, logits_BN: Tensor | None, visible_ids: Tensor | None, seeds: Tensor | None

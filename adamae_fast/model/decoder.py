@@ -1,4 +1,4 @@
-"""The light decoder: sees all tokens, predicts the pixels of the masked ones."""
+"""The light decoder: sees all tokens, describes the masked ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from adamae_fast.model.sizes import TransformerSize
 
 
 class Decoder(nn.Module):
-    """Blocks over all N tokens; LayerNorm and Linear(E, P) on the last M of them, the masked ones."""
+    """Blocks over all N tokens; LayerNorm on the last M of them, the masked ones.
+
+    ``head``, Linear(E, P), makes pixels of the result; in training that happens inside the loss.
+    """
 
     def __init__(self, size: TransformerSize, pixels_per_token: int) -> None:
         super().__init__()
@@ -19,7 +22,7 @@ class Decoder(nn.Module):
         init_linears(self)
 
     def forward(self, tokens_BNE: Tensor, num_masked: int) -> Tensor:
-        """Return predictions (B, M, P) for the last ``num_masked`` tokens."""
+        """Return normalised hidden states (B, M, E) of the last ``num_masked`` tokens."""
         num_visible = tokens_BNE.shape[1] - num_masked
         hidden_BNE = self.blocks(tokens_BNE)
-        return self.head(self.norm(hidden_BNE[:, num_visible:]))
+        return self.norm(hidden_BNE[:, num_visible:])

@@ -60,23 +60,36 @@ def _targets_reference(
 ) -> Tensor:
     frames, rows, columns = tubelet_grid(video_BCTHW, tubelet_size, patch_size)
     check_ascending_ids("masked_ids", masked_ids_BM, frames * rows * columns)
-    # Indexing the strided view copies the masked tubelets' bytes and no others.
     clip_B1 = torch.arange(video_BCTHW.shape[0], device=video_BCTHW.device).unsqueeze(1)
-    frame_BM, row_BM = masked_ids_BM // (rows * columns), masked_ids_BM // columns % rows
+    return build_targets(video_BCTHW, clip_B1, masked_ids_BM, tubelet_size, patch_size, target, dtype)
+
+
+def build_targets(
+    video_BCTHW: Tensor,
+    clip: Tensor,
+    ids: Tensor,
+    tubelet_size: int,
+    patch_size: int,
+    target: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Targets of the tokens ``ids`` of the clips ``clip``: their broadcast shape, then P. Trusts its arguments."""
+    _, rows, columns = tubelet_grid(video_BCTHW, tubelet_size, patch_size)
+    # Indexing the strided view copies the masked tubelets' bytes and no others.
     view = tubelet_view(video_BCTHW, tubelet_size, patch_size).movedim(4, -1)
-    pixels_BMthwC = view[clip_B1, frame_BM, row_BM, masked_ids_BM % columns]
-    v_BMSC = pixels_BMthwC.flatten(2, 4).to(dtype)
+    pixels_thwC = view[clip, ids // (rows * columns), ids // columns % rows, ids % columns]
+    v_SC = pixels_thwC.flatten(-4, -2).to(dtype)
     if target == "raw":
-        return (v_BMSC / 255).flatten(2)
+        return (v_SC / 255).flatten(-2)
     # x - mean = (count · v - Σ v) / (255 · count), and the numerator is an exact integer even in fp32: nothing cancels,
     # and a token of one colour becomes exactly 0. So everything is kept in units of 1 / (255 · count).
-    over = (2,) if target == "normalized" else (2, 3)
-    count = math.prod(v_BMSC.shape[i] for i in over)
-    centred_BMSC = count * v_BMSC - v_BMSC.sum(over, keepdim=True)
-    variance = centred_BMSC.square().sum(over, keepdim=True) / (count - 1)
+    over = (-2,) if target == "normalized" else (-2, -1)
+    count = math.prod(v_SC.shape[i] for i in over)
+    centred_SC = count * v_SC - v_SC.sum(over, keepdim=True)
+    variance = centred_SC.square().sum(over, keepdim=True) / (count - 1)
     unit = 255 * count
     deviation = variance.sqrt() + unit * 1e-6 if target == "normalized" else (variance + unit**2 * 1e-6).sqrt()
-    return (centred_BMSC / deviation).flatten(2)
+    return (centred_SC / deviation).flatten(-2)
 
 
 def _reference(
@@ -196,7 +209,7 @@ def patch_targets(
 
     Formulas at the top of this file. Deterministic, no gradient. Raises ValueError as :func:`masked_patch_loss` does.
     """
-    _check_target(video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target)
+    check_target(video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target)
     operation = choose(_patch_targets, impl, video_BCTHW.device)
     result: Tensor = operation(video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target, torch.float32)
     return result
@@ -223,9 +236,8 @@ def masked_patch_loss(
     unknown, a variance is asked of a single value, ``impl`` cannot run here, or, for ids on the CPU, one is out of
     range or does not ascend.
     """
-    _check_target(video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target)
-    if error not in get_args(Error):
-        raise ValueError(f"error={error!r}: choose one of {', '.join(get_args(Error))}")
+    check_target(video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target)
+    check_error(error)
     num_pixels = video_BCTHW.shape[1] * tubelet_size * patch_size**2
     check_floating("prediction", prediction_BMP, (*masked_ids_BM.shape, num_pixels), "BMP")
     check_same_device("prediction", prediction_BMP, video_BCTHW.device)
@@ -234,7 +246,8 @@ def masked_patch_loss(
     return result
 
 
-def _check_target(video_BCTHW: Tensor, masked_ids_BM: Tensor, tubelet_size: int, patch_size: int, target: str) -> None:
+def check_target(video_BCTHW: Tensor, masked_ids_BM: Tensor, tubelet_size: int, patch_size: int, target: str) -> None:
+    """Raise ValueError unless a target of this kind can be built for every masked token."""
     check_video(video_BCTHW, tubelet_size, patch_size)
     check_ids("masked_ids", masked_ids_BM, video_BCTHW.shape[0], video_BCTHW.device)
     if target not in get_args(Target):
@@ -244,3 +257,9 @@ def _check_target(video_BCTHW: Tensor, masked_ids_BM: Tensor, tubelet_size: int,
             "target='normalized' needs the variance of each colour channel of a token, but tubelet_size=1 and "
             "patch_size=1 leave one value; choose target='raw' or larger tubelets"
         )
+
+
+def check_error(error: str) -> None:
+    """Raise ValueError unless there is an error of this name."""
+    if error not in get_args(Error):
+        raise ValueError(f"error={error!r}: choose one of {', '.join(get_args(Error))}")

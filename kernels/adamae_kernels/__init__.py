@@ -12,7 +12,12 @@ from typing import Any
 
 from adamae_kernels.assemble_decoder import assemble_decoder, assemble_decoder_backward
 from adamae_kernels.gather_tokens import gather_tokens, gather_tokens_backward
-from adamae_kernels.masked_patch_loss import masked_patch_loss, masked_patch_loss_backward, patch_targets
+from adamae_kernels.masked_patch_loss import (
+    masked_patch_loss,
+    masked_patch_loss_backward,
+    patch_loss_step,
+    patch_targets,
+)
 from adamae_kernels.patchify import patchify
 from adamae_kernels.sample_visible import sample_visible, split_tokens
 from adamae_kernels.sampling_loss import sampling_loss
@@ -26,6 +31,7 @@ LAUNCHERS: Mapping[str, Callable[..., Any]] = {
         gather_tokens_backward,
         masked_patch_loss,
         masked_patch_loss_backward,
+        patch_loss_step,
         patch_targets,
         patchify,
         sample_visible,

@@ -1,7 +1,7 @@
-"""The error of masked tokens, its gradient, and their targets: one program for each token, one launch each.
+"""The error of masked tokens, its gradient or both, and their targets: one program for each token, one launch each.
 
     error[b, m] = mean over P of  (prediction - target)²   or   |prediction - target|
-    grad_prediction = 2 (prediction - target) · grad / P   or   sign(prediction - target) · grad / P
+    grad_prediction = slope · grad / P,   slope = 2 (prediction - target)   or   sign(prediction - target)
 
 The target is built in registers from the bytes v of the token and never stored:
     normalized   centred / (deviation + unit · 1e-6)      mean and unbiased variance of each colour, count = S
@@ -12,12 +12,13 @@ where centred = count · v - Σ v and Σ centred² = count · (count · Σ v² -
 With at most 2¹⁵ values a token, Σ v² fits 32 bits and Σ centred² 64.
 
 Bytes, with e of a prediction's element: forward B·M·(P·(e + 1) + 12), backward B·M·(P·(2·e + 1) + 12), targets
-B·M·(P·(e + 1) + 8): the minimum.
+B·M·(P·(e + 1) + 8), error and slope of R tokens in one step R·(P·(2·e + 1) + 12): the minimum.
 
 An id that is out of range or not above the one before it in its clip makes its token's error and gradient NaN and reads
 nothing, so that it surfaces where the loss is checked and not as a read-back in every step.
 
-Letters: B clips, C channels, T frames, H, W pixels, M masked, P pixels a token; S = t · h · w, pixels of one colour.
+Letters: B clips, C channels, T frames, H, W pixels, M masked, P pixels a token; S = t · h · w, pixels of one colour;
+R rows, masked tokens of one or several clips.
 """
 
 from __future__ import annotations
@@ -36,14 +37,23 @@ LAUNCH: Table = ((512, {"num_warps": 4}), (4096, {"num_warps": 8}))
 
 @triton.jit
 def _target(
-    video, ids, M, T, H, W, TUBELET: tl.constexpr, PATCH: tl.constexpr, TARGET: tl.constexpr, BLOCK_S: tl.constexpr
+    video,
+    ids,
+    masked,
+    M,
+    T,
+    H,
+    W,
+    TUBELET: tl.constexpr,
+    PATCH: tl.constexpr,
+    TARGET: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """The target of this program's token as fp32 (S, 4 colours), its offsets in the token, and which of it is real."""
+    """The target of token ``masked`` of the batch, fp32 (S, 4 colours), its offsets in the token, and what is real."""
     S: tl.constexpr = TUBELET * PATCH * PATCH
     rows = H // PATCH
     columns = W // PATCH
-    masked = tl.program_id(0)
-    id_, valid = load_ids(ids + masked.to(tl.int64), masked % M, (T // TUBELET) * rows * columns, True)
+    id_, valid = load_ids(ids + masked, masked % M, (T // TUBELET) * rows * columns, True)
     # A valid id is a small number, and 32 bits divide faster.
     token = tl.where(valid, id_, 0).to(tl.int32)
     frame = (token // (rows * columns) * TUBELET).to(tl.int64)
@@ -80,6 +90,22 @@ def _target(
 
 
 @triton.jit
+def _mean_error(difference_SC, real_SC, P: tl.constexpr, ERROR: tl.constexpr):
+    term_SC = difference_SC * difference_SC if ERROR == "mse" else tl.abs(difference_SC)
+    return tl.div_rn(tl.sum(tl.where(real_SC, term_SC, 0.0)), P * 1.0)
+
+
+@triton.jit
+def _slope(difference_SC, ERROR: tl.constexpr):
+    if ERROR == "mse":
+        slope_SC = 2 * difference_SC
+    else:
+        sign_SC = tl.where(difference_SC > 0, 1.0, 0.0) - tl.where(difference_SC < 0, 1.0, 0.0)
+        slope_SC = tl.where(difference_SC == difference_SC, sign_SC, difference_SC)
+    return slope_SC
+
+
+@triton.jit
 def _targets_kernel(
     video,
     ids,
@@ -94,7 +120,7 @@ def _targets_kernel(
     BLOCK_S: tl.constexpr,
 ):
     masked = tl.program_id(0).to(tl.int64)
-    target_SC, offset_SC, real_SC = _target(video, ids, M, T, H, W, TUBELET, PATCH, TARGET, BLOCK_S)
+    target_SC, offset_SC, real_SC = _target(video, ids, masked, M, T, H, W, TUBELET, PATCH, TARGET, BLOCK_S)
     to = out + masked * (3 * TUBELET * PATCH * PATCH) + offset_SC
     tl.store(to, target_SC.to(out.dtype.element_ty), mask=real_SC)
 
@@ -117,11 +143,10 @@ def _forward_kernel(
 ):
     P: tl.constexpr = 3 * TUBELET * PATCH * PATCH
     masked = tl.program_id(0).to(tl.int64)
-    target_SC, offset_SC, real_SC = _target(video, ids, M, T, H, W, TUBELET, PATCH, TARGET, BLOCK_S)
+    target_SC, offset_SC, real_SC = _target(video, ids, masked, M, T, H, W, TUBELET, PATCH, TARGET, BLOCK_S)
     prediction_SC = tl.load(prediction + masked * P + offset_SC, mask=real_SC, other=0.0).to(tl.float32)
     difference_SC = prediction_SC - target_SC
-    term_SC = difference_SC * difference_SC if ERROR == "mse" else tl.abs(difference_SC)
-    tl.store(error + masked, tl.div_rn(tl.sum(tl.where(real_SC, term_SC, 0.0)), P * 1.0))
+    tl.store(error + masked, _mean_error(difference_SC, real_SC, P, ERROR))
 
 
 @triton.jit
@@ -143,22 +168,43 @@ def _backward_kernel(
 ):
     P: tl.constexpr = 3 * TUBELET * PATCH * PATCH
     masked = tl.program_id(0).to(tl.int64)
-    target_SC, offset_SC, real_SC = _target(video, ids, M, T, H, W, TUBELET, PATCH, TARGET, BLOCK_S)
+    target_SC, offset_SC, real_SC = _target(video, ids, masked, M, T, H, W, TUBELET, PATCH, TARGET, BLOCK_S)
     prediction_SC = tl.load(prediction + masked * P + offset_SC, mask=real_SC, other=0.0).to(tl.float32)
     difference_SC = prediction_SC - target_SC
-    if ERROR == "mse":
-        slope_SC = 2 * difference_SC
-    else:
-        sign_SC = tl.where(difference_SC > 0, 1.0, 0.0) - tl.where(difference_SC < 0, 1.0, 0.0)
-        slope_SC = tl.where(difference_SC == difference_SC, sign_SC, difference_SC)
-    grad_SC = slope_SC * tl.div_rn(tl.load(grad + masked).to(tl.float32), P * 1.0)
+    grad_SC = _slope(difference_SC, ERROR) * tl.div_rn(tl.load(grad + masked).to(tl.float32), P * 1.0)
     tl.store(grad_prediction + masked * P + offset_SC, grad_SC.to(grad_prediction.dtype.element_ty), mask=real_SC)
+
+
+@triton.jit
+def _step_kernel(
+    prediction,
+    video,
+    ids,
+    error,
+    first_row,
+    M,
+    T,
+    H,
+    W,
+    TUBELET: tl.constexpr,
+    PATCH: tl.constexpr,
+    TARGET: tl.constexpr,
+    ERROR: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    P: tl.constexpr = 3 * TUBELET * PATCH * PATCH
+    row = tl.program_id(0)
+    target_SC, offset_SC, real_SC = _target(video, ids, first_row + row, M, T, H, W, TUBELET, PATCH, TARGET, BLOCK_S)
+    at = prediction + row.to(tl.int64) * P + offset_SC
+    difference_SC = tl.load(at, mask=real_SC, other=0.0).to(tl.float32) - target_SC
+    tl.store(error + row, _mean_error(difference_SC, real_SC, P, ERROR))
+    tl.store(at, _slope(difference_SC, ERROR).to(prediction.dtype.element_ty), mask=real_SC)
 
 
 def _settings(
     video_BCTHW: Tensor, num_masked: int, tubelet_size: int, patch_size: int, target: str
 ) -> dict[str, object]:
-    """What the three kernels have in common after their tensors."""
+    """What the kernels have in common after their tensors."""
     _, _, num_frames, height, width = video_BCTHW.shape
     per_colour = tubelet_size * patch_size**2
     if 3 * per_colour > 2**15:
@@ -238,3 +284,34 @@ def masked_patch_loss_backward(
             **_settings(video_BCTHW, num_masked, tubelet_size, patch_size, target),
         )
     return grad_prediction_BMP
+
+
+def patch_loss_step(
+    prediction_RP: Tensor,
+    video_BCTHW: Tensor,
+    masked_ids_BM: Tensor,
+    first_row: int,
+    tubelet_size: int,
+    patch_size: int,
+    target: str,
+    error: str,
+) -> Tensor:
+    """Turn predictions, fp16, bf16 or fp32, into slopes in place, and return the rows' errors (R,) in fp32.
+
+    Row i is the masked token ``first_row`` + i of the batch. Arithmetic fp32, rounded once. Deterministic.
+    """
+    error_R = prediction_RP.new_empty((prediction_RP.shape[0],), dtype=torch.float32)
+    if error_R.numel():
+        in_order_RP = prediction_RP.contiguous()
+        _step_kernel[(error_R.numel(),)](
+            in_order_RP,
+            video_BCTHW.contiguous(),
+            masked_ids_BM.contiguous(),
+            error_R,
+            first_row,
+            ERROR=error,
+            **_settings(video_BCTHW, masked_ids_BM.shape[1], tubelet_size, patch_size, target),
+        )
+        if in_order_RP is not prediction_RP:
+            prediction_RP.copy_(in_order_RP)
+    return error_R

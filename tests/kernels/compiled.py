@@ -68,6 +68,7 @@ def paper_calls(dtype: torch.dtype) -> dict[str, tuple[object, ...]]:
         "patch_targets": (video, ids_bm, *cut, "normalized", dtype),
         "masked_patch_loss": loss,
         "masked_patch_loss_backward": (error, *loss),
+        "patch_loss_step": (values(8192, p), video, ids_bm, 8192, *loss[3:]),
         "sampling_loss": (values(b, n), ids_bm, error),
     }
 

@@ -1,6 +1,7 @@
 """What every kernel owes its schema, as tests that :mod:`tests.kernels.interpreter` runs in a process of their own."""
 
 from dataclasses import replace
+from functools import partial
 
 import adamae_kernels
 import pytest
@@ -20,14 +21,18 @@ from adamae_fast.testing import (
 from tests.kernels.interpreter import reference
 
 NAMES = sorted(adamae_kernels.LAUNCHERS)
-PER_TOKEN = {"patch_targets", "masked_patch_loss", "masked_patch_loss_backward"}
+PER_TOKEN = {"patch_targets", "masked_patch_loss", "masked_patch_loss_backward", "patch_loss_step"}
 """One program for each masked token, slow to interpret."""
 
 every_kernel = pytest.mark.parametrize("name", NAMES)
 
 
 def kernel(name: str, *arguments: object) -> list[Tensor]:
-    return pytree.tree_leaves(adamae_kernels.LAUNCHERS[name](*arguments))
+    return OPERATION_INPUTS[name].results(adamae_kernels.LAUNCHERS[name], arguments)
+
+
+def plain(name: str, *arguments: object) -> list[Tensor]:
+    return OPERATION_INPUTS[name].results(partial(reference, name), arguments)
 
 
 def in_fp64(arguments: Arguments) -> Arguments:
@@ -58,8 +63,8 @@ def shapes(name: str) -> list[OpShape]:
 )
 def test_is_as_right_as_the_reference(name: str, shape: OpShape, dtype: torch.dtype) -> None:
     for arguments in calls(name, shape, dtype):
-        expected = pytree.tree_leaves(reference(name, *arguments))
-        truth = pytree.tree_leaves(reference(name, *in_fp64(arguments)))
+        expected = plain(name, *arguments)
+        truth = plain(name, *in_fp64(arguments))
         actual = kernel(name, *arguments)
         assert len(actual) == len(expected)
         for x, formula, exact in zip(actual, expected, truth, strict=True):
@@ -110,6 +115,19 @@ def test_an_id_out_of_range_or_order_becomes_nan_and_nothing_else_changes(
     for actual, expected in zip(kernel(name, *arguments), right, strict=True):
         expected[(1,) if name == "sampling_loss" else (1, rows)] = torch.nan
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_step_with_an_id_out_of_range_has_nan_in_its_row_alone() -> None:
+    arguments = list(calls("patch_loss_step", OpShape())[-1])
+    first, num_masked = arguments[3], OpShape().num_masked
+    right = kernel("patch_loss_step", *arguments)
+    arguments[2] = arguments[2].clone()
+    arguments[2][1, 2] = 15
+    row = num_masked + 2 - first
+    for x, expected in zip(kernel("patch_loss_step", *arguments), right, strict=True):
+        assert x[row].isnan().all()
+        assert torch.equal(x[:row], expected[:row])
+        assert torch.equal(x[row + 1 :], expected[row + 1 :])
 
 
 @pytest.mark.parametrize("ids", [[3, 3, 1], [3, 7, 1], [3, -2, 1]])

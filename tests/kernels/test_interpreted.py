@@ -32,7 +32,7 @@ def interpret(*arguments: str) -> None:
 
 
 def test_kernels_keep_their_contracts() -> None:
-    files = ["sampling_loss", "masked_patch_loss", "assemble_decoder", "sample_visible"]
+    files = ["sampling_loss", "masked_patch_loss", "head_patch_loss", "assemble_decoder", "sample_visible"]
     interpret("tests/kernels/contract.py", *(f"tests/ops/test_{name}.py" for name in files), "-k", OPERATIONS)
 
 

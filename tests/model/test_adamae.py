@@ -52,12 +52,24 @@ def test_every_size_builds(size):
 def test_output_shapes_and_total():
     model = build(loss={"sampling_weight": 0.5})
     output = model(video())
-    assert output.prediction.shape == (2, 24, 384)
+    assert output.prediction is None
     assert output.error.shape == output.masked_ids.shape == (2, 24)
     assert output.logits.shape == (2, 32)
     assert output.visible_ids.shape == (2, 8)
     torch.testing.assert_close(output.loss_reconstruction, output.error.mean())
     torch.testing.assert_close(output.loss, output.loss_reconstruction + 0.5 * output.loss_sampling)
+
+
+def test_training_and_eval_mode_give_the_same_loss_and_gradients():
+    """With the prediction and without it."""
+    model, ids = build(sampler=SamplerConfig(dropout=0.0)), torch.arange(0, 32, 4).expand(2, -1)
+    outputs = [model.train(mode)(video(), ids) for mode in (True, False)]
+    gradients = [torch.autograd.grad(output.loss, tuple(model.parameters())) for output in outputs]
+    assert outputs[0].prediction is None
+    assert outputs[1].prediction.shape == (2, 24, 384)
+    torch.testing.assert_close(outputs[0].loss, outputs[1].loss)
+    torch.testing.assert_close(outputs[0].error, outputs[1].error)
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_tokenizer_equals_the_strided_convolution():
@@ -156,13 +168,14 @@ def test_decoder_depth(depth):
 )
 def test_any_size_that_divides(frames, size, tubelet, patch):
     model = build(num_frames=frames, frame_size=size, tubelet_size=tubelet, patch_size=patch)
-    output = model(video(1, frames, size))
+    assert model(video(1, frames, size)).loss.isfinite()
+    output = model.eval()(video(1, frames, size))
     assert output.logits.shape[1] == (frames // tubelet) * (size // patch) ** 2
     assert output.prediction.shape[2] == 3 * tubelet * patch**2
 
 
 def test_forced_ids_are_used_and_repeat_exactly():
-    model = build(sampler=SamplerConfig(dropout=0.0))
+    model = build().eval()
     ids = torch.tensor([[0, 5, 31], [2, 3, 4]])
     first, second = model(video(), visible_ids=ids), model(video(), visible_ids=ids)
     assert torch.equal(first.visible_ids, ids)

@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 from adamae_fast.ops import (
     assemble_decoder,
     gather_tokens,
+    head_patch_loss,
     library,
     masked_patch_loss,
     patchify,
@@ -20,7 +21,15 @@ from adamae_fast.ops import (
     sampling_loss,
 )
 
-OPERATIONS = (assemble_decoder, gather_tokens, masked_patch_loss, patchify, sample_visible, sampling_loss)
+OPERATIONS = (
+    assemble_decoder,
+    gather_tokens,
+    head_patch_loss,
+    masked_patch_loss,
+    patchify,
+    sample_visible,
+    sampling_loss,
+)
 needs_cpp = pytest.mark.skipif(library.reason_missing is not None, reason=f"C++ operations: {library.reason_missing}")
 
 

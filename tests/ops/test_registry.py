@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 import adamae_fast.ops
 from adamae_fast.ops.assemble_decoder import assemble_decoder
 from adamae_fast.ops.gather_tokens import gather_tokens
+from adamae_fast.ops.head_patch_loss import head_patch_loss
 from adamae_fast.ops.masked_patch_loss import masked_patch_loss, patch_targets
 from adamae_fast.ops.patchify import embed_tubelets, patchify
 from adamae_fast.ops.registry import registered_names
@@ -35,6 +37,10 @@ def operation(name: str, impl: str):
     """The overload that runs the reference, or the one for which the dispatcher prefers C++."""
     packet = getattr(torch.ops.adamae_fast, name)
     return packet.reference if impl == "reference" else packet.default
+
+
+def results(name: str, impl: str, arguments) -> list[Tensor]:
+    return OPERATION_INPUTS[name].results(operation(name, impl), arguments)
 
 
 def tensors(value) -> list[Tensor]:
@@ -85,7 +91,7 @@ def test_gradcheck(name: str, impl: str) -> None:
 def test_has_no_second_derivative_and_says_so(name: str, impl: str) -> None:
     inputs = OPERATION_INPUTS[name]
     arguments = inputs.make_requiring_grad(InputFactory(OpShape()))[0]
-    output = tensors(operation(name, impl)(*arguments))[0]
+    output = results(name, impl, arguments)[0]
     weights = torch.ones_like(output).requires_grad_()
     (grad, *_) = torch.autograd.grad(output, arguments[inputs.differentiable[0]], weights, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -98,7 +104,7 @@ def test_compiles_into_one_graph(name: str, impl: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda *arguments: operation(name, impl)(*arguments), fullgraph=True, backend="aot_eager")
     arguments = inputs.make_requiring_grad(InputFactory(OpShape()))[0]
-    expected, actual = tensors(operation(name, impl)(*arguments)), tensors(compiled(*arguments))
+    expected, actual = results(name, impl, arguments), inputs.results(compiled, arguments)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     leaves = [arguments[i] for i in inputs.differentiable]
     if leaves:
@@ -120,10 +126,13 @@ def test_public_functions_compile_into_one_graph(dynamic: bool, each_impl: None)
         visible = gather_tokens(tokens, split.visible_ids_BK, split.slots_BN, positions)
         decoded = assemble_decoder(visible, bias, positions, split.visible_ids_BK, split.masked_ids_BM)
         prediction = decoded[:, shape.num_visible :] @ weight.flatten(1)
-        error = masked_patch_loss(prediction, video, split.masked_ids_BM, **sizes, target="normalized", error="mse")
+        loss = {"target": "normalized", "error": "mse"} | sizes
+        error = masked_patch_loss(prediction, video, split.masked_ids_BM, **loss)
+        hidden, head = decoded[:, shape.num_visible :], weight.flatten(1).T
+        head_loss, _ = head_patch_loss(hidden, head, head.mean(1), video, split.masked_ids_BM, **loss)
         targets = patch_targets(video, split.masked_ids_BM, **sizes, target="mae_st")
         constant = patchify(video, **sizes).mean() + targets.mean()
-        return error.mean() + sampling_loss(logits, split.masked_ids_BM, error).mean() + constant
+        return error.mean() + sampling_loss(logits, split.masked_ids_BM, error).mean() + constant + head_loss
 
     factory = InputFactory(shape)
     video, weight, bias, *_ = OPERATION_INPUTS["embed_tubelets"].make_requiring_grad(factory)[0]
@@ -141,18 +150,26 @@ def test_takes_any_strides(name: str, impl: str) -> None:
     for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape(), dtype=torch.float64)):
         scattered = map_tensors(scattered_in_memory, arguments)
         assert not any(x.is_contiguous() for x in tensors(scattered))
-        expected, actual = tensors(operation(name, impl)(*arguments)), tensors(operation(name, impl)(*scattered))
+        expected, actual = results(name, impl, arguments), results(name, impl, scattered)
         assert all(x.is_contiguous() for x in expected + actual)
         torch.testing.assert_close(actual, expected)
 
 
 @every_operation
 def test_takes_a_tensor_that_is_one_number_many_times(name: str, impl: str) -> None:
-    """The gradient of a sum is one number expanded; ids must stay distinct and keep their values."""
-    for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape(), dtype=torch.float64)):
-        expanded = map_tensors(lambda x: x.flatten()[0].expand(x.shape) if x.dtype != torch.int64 else x, arguments)
+    """The gradient of a sum is one number expanded; ids must stay distinct and keep their values.
+
+    What is written to must have a place for each number.
+    """
+
+    def one_number(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.int64 else x.flatten()[0].expand(x.shape)
+
+    inputs = OPERATION_INPUTS[name]
+    for arguments in inputs.make(InputFactory(OpShape(), dtype=torch.float64)):
+        expanded = [x if i in inputs.written else map_tensors(one_number, x) for i, x in enumerate(arguments)]
         copied = map_tensors(Tensor.contiguous, expanded)
-        torch.testing.assert_close(operation(name, impl)(*expanded), operation(name, impl)(*copied))
+        torch.testing.assert_close(results(name, impl, expanded), results(name, impl, copied))
 
 
 @every_gradient
@@ -160,7 +177,7 @@ def test_gradient_of_a_sum(name: str, impl: str) -> None:
     inputs = OPERATION_INPUTS[name]
     for arguments in inputs.make_requiring_grad(InputFactory(OpShape(), dtype=torch.float64)):
         leaves = [arguments[i] for i in inputs.differentiable]
-        output = tensors(operation(name, impl)(*arguments))[0]
+        output = results(name, impl, arguments)[0]
         from_sum = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
         torch.testing.assert_close(from_sum, torch.autograd.grad(output, leaves, torch.ones_like(output)))
 
@@ -169,7 +186,7 @@ def test_gradient_of_a_sum(name: str, impl: str) -> None:
 def test_repeats_bit_by_bit_and_leaves_its_inputs_alone(name: str, impl: str) -> None:
     for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape())):
         before = map_tensors(Tensor.clone, arguments)
-        first, second = (operation(name, impl)(*arguments) for _ in range(2))
+        first, second = (results(name, impl, arguments) for _ in range(2))
         torch.testing.assert_close(first, second, rtol=0, atol=0)
         torch.testing.assert_close(tensors(arguments), tensors(before), rtol=0, atol=0)
 
@@ -179,9 +196,9 @@ def test_repeats_bit_by_bit_and_leaves_its_inputs_alone(name: str, impl: str) ->
 def test_autocast_changes_nothing(name: str, impl: str, dtype: torch.dtype) -> None:
     """Which dtype a model computes in is decided where the operation is called, once, and not inside."""
     for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape(), dtype=dtype)):
-        expected = operation(name, impl)(*arguments)
+        expected = results(name, impl, arguments)
         with torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(operation(name, impl)(*arguments), expected, rtol=0, atol=0)
+            torch.testing.assert_close(results(name, impl, arguments), expected, rtol=0, atol=0)
 
 
 @every_operation
@@ -190,8 +207,9 @@ def test_reference_never_reads_a_value_back_from_the_device(name: str, impl: str
     no_kernel_but_the_reference = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
     for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape())):
         without_values = map_tensors(lambda x: x.to("meta"), arguments)
-        actual = tensors(operation(name, impl).redispatch(no_kernel_but_the_reference, *without_values))
-        for x, expected in zip(actual, tensors(operation(name, impl)(*arguments)), strict=True):
+        run = partial(operation(name, impl).redispatch, no_kernel_but_the_reference)
+        actual = OPERATION_INPUTS[name].results(run, without_values)
+        for x, expected in zip(actual, results(name, impl, arguments), strict=True):
             assert (x.shape, x.dtype, x.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
@@ -202,7 +220,7 @@ def test_implementations_agree_at_odd_shapes(name: str, impl: str) -> None:
     shapes = [shape for shape in ODD_SHAPES if shape.num_masked or not name.startswith("sampling_loss")]
     for shape in shapes:
         for arguments in OPERATION_INPUTS[name].make(InputFactory(replace(shape, batch_size=2), dtype=torch.float64)):
-            expected, actual = (tensors(operation(name, x)(*arguments)) for x in ("reference", impl))
+            expected, actual = (results(name, x, arguments) for x in ("reference", impl))
             for x, y in zip(actual, expected, strict=True):
                 exact = {} if y.is_floating_point() else {"rtol": 0, "atol": 0}
                 torch.testing.assert_close(x, y, **exact, equal_nan=True)
@@ -214,7 +232,7 @@ def test_every_element_is_written(name: str, impl: str, dtype: torch.dtype, pois
     """Memory that torch.empty hands out is full of NaN, or of the largest integer, and none of it may stay."""
     assert torch.empty(3).isnan().all()
     for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape(), dtype=dtype)):
-        for x in tensors(operation(name, impl)(*arguments)):
+        for x in results(name, impl, arguments):
             assert x.isfinite().all() if x.is_floating_point() else (x < 2**62).all()
 
 
@@ -223,10 +241,10 @@ def test_the_number_of_threads_changes_no_bit(name: str, impl: str) -> None:
     """The shape is large enough for every parallel loop to be split."""
     shape = OpShape(batch_size=4, grid=(8, 14, 14), patch_size=4, num_visible=78, width=96)
     arguments = OPERATION_INPUTS[name].make(InputFactory(shape))[0]
-    if name.startswith("embed_tubelets"):
+    if name.startswith(("embed_tubelets", "head_patch_loss")):
         pytest.skip("PyTorch's own matrix product depends on it")
     outputs = []
     for num_threads in (1, 2, 1):
         torch.set_num_threads(num_threads)
-        outputs.append(operation(name, impl)(*arguments))
+        outputs.append(results(name, impl, arguments))
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
