@@ -259,7 +259,7 @@ Tensor patch_loss_step(Tensor prediction, const Tensor& video, const Tensor& mas
   const Tubelets tubelets(video, tubelet_size, patch_size);
   const Target kind = parse_target(target);
   const bool is_squared = parse_is_squared(error);
-  const Tensor ids_BM = checked_ids("masked_ids", masked_ids, tubelets.batch_size, tubelets.num_tokens());
+  const Tensor ids_BM = ascending_ids("masked_ids", masked_ids, tubelets.batch_size, tubelets.num_tokens());
   const int64_t size = tubelets.pixels_per_token();
   check_dim("prediction", prediction, 2);
   const int64_t num_rows = prediction.size(0);

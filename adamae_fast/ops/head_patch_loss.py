@@ -229,7 +229,7 @@ def head_patch_loss(
     The same as ``masked_patch_loss(linear(hidden, weight, bias), …)`` and its mean, but no tensor of B·M·P elements
     ever exists. Both results are fp32 (fp64 for fp64 inputs); the mean carries gradients to ``hidden_BME`` and the
     head's ``weight_PE`` and ``bias_P``, the (B, M) error is a constant. Products run in the inputs' dtype, or in
-    autocast's where autocast is on, and are summed over tokens in fp32; gradients arrive in the inputs' own dtypes.
+    autocast's where autocast is on, chunks are summed in fp32, and gradients arrive in the inputs' own dtypes.
     ``video_BCTHW`` is the uint8 clip, ``masked_ids_BM`` int64. Where a gradient is wanted it is computed here, and
     autograd keeps it, in fp32, and no input. Deterministic where PyTorch's products are, differentiable once.
 
