@@ -12,12 +12,13 @@ from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+if TYPE_CHECKING:
+    # Only the command line and recipes need it, so the model also runs where nothing but PyTorch is installed.
+    from jsonargparse import ArgumentParser, Namespace
 
 ModelSize = Literal["nano", "small", "base", "large", "huge"]
 SamplerKind = Literal["attention", "mlp"]
@@ -388,6 +389,9 @@ class PretrainConfig:
 
 def add_pretrain_arguments(parser: ArgumentParser) -> None:
     """Give a jsonargparse parser ``--config FILE`` and one option for each field of :class:`PretrainConfig`."""
+    from jsonargparse import set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of a field is the text below it
     parser.add_argument("--config", action="config", help="A YAML recipe; options that follow override it.")
     parser.add_class_arguments(PretrainConfig)
 
@@ -405,6 +409,8 @@ def load_config(path: str | Path, overrides: Mapping[str, object] | None = None)
     """
     if not Path(path).is_file():
         raise ValueError(f"config={str(path)!r}: no such file; recipes are in the folder configs/")
+    from jsonargparse import ArgumentParser
+
     parser = ArgumentParser(exit_on_error=False)
     add_pretrain_arguments(parser)
     arguments = [f"--config={path}"]
