@@ -176,6 +176,9 @@ def _gates(file: str, name: str) -> tuple[tuple[str, ...], ...]:
     return (f"tests/ops/{file}",), ("tests/ops/test_registry.py", "-k", name)
 
 
+CUDA_GATES = (("tests/kernels/test_on_gpu.py",), ("tests/kernels/test_cuda_gpu.py",))
+"""On a GPU these must pass besides an operation's own: its kernels are tested there for all operations together."""
+
 ENTRIES: Mapping[str, Entry] = {
     "patchify": Entry(
         operation=patchify,

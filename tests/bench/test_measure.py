@@ -64,6 +64,20 @@ def test_every_arm_computes_the_operation_and_is_measured_in_every_mode(name: st
         assert figure.peak_bytes > 0
 
 
+def test_a_gpu_has_gates_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def only_cuda_is_red(arguments: tuple[str, ...]) -> str | None:
+        asked.append(arguments[0])
+        return "red" if "gpu" in arguments[0] else None
+
+    monkeypatch.setattr(measure, "run_gate", only_cuda_is_red)
+    arguments = (TINY, torch.float32, torch.device("cuda"), QUICK, lambda what: None)
+    assert measure.measure(ENTRIES["gather_tokens"], *arguments).refused == {"all": "its tests are red (red)"}
+    assert asked[-1] == "tests/kernels/test_on_gpu.py"
+    assert all((run.conditions.ROOT / file).is_file() for (file,) in registry.CUDA_GATES)
+
+
 def test_an_arm_that_is_wrong_is_refused_and_the_others_are_measured() -> None:
     entry = ENTRIES["gather_tokens"]
 
