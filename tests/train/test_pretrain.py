@@ -64,18 +64,25 @@ def run_to_end(recipe: Path, output_dir: Path, *options: str) -> subprocess.Comp
 
 def run_and_signal(recipe: Path, output_dir: Path, after_step: int, number: int, *options: str) -> int:
     """Start a run, send a signal as soon as it has logged ``after_step``, return its exit status."""
+    # The suite may itself have been started with signals ignored, as in a shell's background; the run would inherit it.
     process = subprocess.Popen(
-        command(recipe, output_dir, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        command(recipe, output_dir, *options),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None,
     )
     metrics = RunFolder(output_dir).metrics
     deadline = time.monotonic() + 120
     poll = threading.Event()
-    while process.poll() is None and time.monotonic() < deadline:
-        if any(entry["step"] >= after_step for entry in read_json_lines(metrics)):
-            process.send_signal(number)
-            return process.wait(timeout=60)
-        poll.wait(0.005)
-    process.kill()
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            if any(entry["step"] >= after_step for entry in read_json_lines(metrics)):
+                process.send_signal(number)
+                return process.wait(timeout=60)
+            poll.wait(0.005)
+    finally:
+        process.kill()
     raise AssertionError(f"the run ended with {process.wait()} before it logged step {after_step}")
 
 
