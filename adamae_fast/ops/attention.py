@@ -137,7 +137,7 @@ def attention(q_BNHd: Tensor, k_BNHd: Tensor, v_BNHd: Tensor, *, backend: str = 
 
     Inputs are (B, N, H, d) of any strides, floating point. Where autocast is on, the result has its dtype, except that
     "reference" keeps the inputs'. ``backend`` is "auto" or a name in :data:`BACKENDS`; a name never falls back to
-    another back end. "auto" follows :data:`PREFERENCES` and logs its choice once for each device, dtype, N and d.
+    another back end. "auto" follows :data:`PREFERENCES` and logs its choice once for each :class:`AttentionProblem`.
     Differentiable in all three; whether runs repeat bit by bit is the back end's property ("reference" does).
 
     Raises ValueError if shapes differ, ``backend`` is unknown, or it (for "auto": every back end) cannot take the
