@@ -28,6 +28,17 @@ TargetKind = Literal["normalized", "raw", "mae_st"]
 DecoderName = Literal["auto", "decord", "pyav"]
 CropKind = Literal["multi_scale", "random_resized", "center"]
 Precision = Literal["fp32", "bf16", "fp16"]
+AttentionName = Literal[
+    "auto",
+    "flash_attn_3",
+    "flash_attn_2",
+    "xformers",
+    "sdpa_cudnn",
+    "sdpa_flash",
+    "sdpa_efficient",
+    "sdpa",
+    "reference",
+]
 
 
 def _require(condition: bool, key: str, value: object, remedy: str) -> None:
@@ -86,6 +97,24 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Which implementation computes attention in training (names and table: ``docs/attention.md``).
+
+    auto takes the table's choice for the GPU, the number of tokens and the head width. A name forces that one: where it
+    cannot run, training does not start. They differ in speed and rounding, not in what they compute.
+    """
+
+    encoder: AttentionName = "auto"
+    """For the visible tokens (78 of 64 channels a head in the paper's model)."""
+
+    sampler: AttentionName = "auto"
+    """For all tokens in the adaptive sampler (1568 of 96)."""
+
+    decoder: AttentionName = "auto"
+    """For all tokens in the decoder (1568 of 64)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes of the clip and of the network."""
 
@@ -109,6 +138,9 @@ class ModelConfig:
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """The transformer that reconstructs masked tokens."""
+
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Which implementation computes attention in training; no matter of the weights."""
 
     def __post_init__(self) -> None:
         for key in ("num_frames", "frame_size", "tubelet_size", "patch_size"):
@@ -378,8 +410,12 @@ class PretrainConfig:
             reason = f"mask.strategy={self.mask.strategy} has no sampler"
             if self.model.sampler != SamplerConfig():
                 messages.append(f"model.sampler has no effect: {reason}")
+            if self.model.attention.sampler != "auto":
+                messages.append(f"model.attention.sampler has no effect: {reason}")
             if self.loss.sampling_weight != LossConfig().sampling_weight:
                 messages.append(f"loss.sampling_weight has no effect: {reason}")
+        elif self.model.sampler.kind == "mlp" and self.model.attention.sampler != "auto":
+            messages.append("model.attention.sampler has no effect: model.sampler.kind=mlp has no attention")
         if self.init_weights is not None and self.resume not in ("auto", "none"):
             messages.append(f"init_weights has no effect: resume={self.resume} brings its own weights")
         if self.data.crop != "random_resized" and self.data.random_resized_scale != DataConfig().random_resized_scale:

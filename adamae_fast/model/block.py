@@ -15,13 +15,18 @@ MLP_RATIO = 4
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; q and v may have a bias, k never has one (it would cancel in the softmax)."""
+    """Multi-head self-attention; q and v may have a bias, k never has one (it would cancel in the softmax).
 
-    def __init__(self, width: int, num_heads: int, *, qv_bias: bool, dropout: float) -> None:
+    In training mode it computes with ``backend`` (:func:`adamae_fast.ops.attention.attention`) and no other. Otherwise
+    it takes what fits: pictures and exports run in fp32 and on any machine, which few back ends do.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, qv_bias: bool, dropout: float, backend: str = "auto") -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width={width} is not a multiple of num_heads={num_heads}; change one of them")
         self.num_heads = num_heads
+        self.backend = backend
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width)) if qv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(width)) if qv_bias else None
@@ -35,7 +40,8 @@ class Attention(nn.Module):
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         qkv = F.linear(x_BND, self.qkv.weight, bias)
         q_BNHd, k_BNHd, v_BNHd = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        out_BND = attention(q_BNHd, k_BNHd, v_BNHd).flatten(2)
+        backend = self.backend if self.training else "auto"
+        out_BND = attention(q_BNHd, k_BNHd, v_BNHd, backend=backend).flatten(2)
         return self.dropout(self.proj(out_BND))
 
 
@@ -57,11 +63,18 @@ class Block(nn.Module):
     """x + Attention(LayerNorm(x)), then x + Mlp(LayerNorm(x))."""
 
     def __init__(
-        self, width: int, num_heads: int, *, qv_bias: bool = True, dropout: float = 0.0, norm_eps: float = 1e-6
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        qv_bias: bool = True,
+        dropout: float = 0.0,
+        norm_eps: float = 1e-6,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attention = Attention(width, num_heads, qv_bias=qv_bias, dropout=dropout)
+        self.attention = Attention(width, num_heads, qv_bias=qv_bias, dropout=dropout, backend=backend)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, dropout=dropout)
 

@@ -255,6 +255,22 @@ def test_a_checkpoint_may_go_on_as_another_experiment_elsewhere(recipe, uninterr
     assert "mask.ratio was 0.5" in caplog.text
 
 
+def test_another_attention_back_end_continues_a_run_in_its_folder(recipe, uninterrupted, tmp_path, caplog):
+    output_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], output_dir)
+    overrides = {"output_dir": str(output_dir), "train.steps": STEPS + 1, "data.num_workers": 0}
+    config = load_config(recipe, {**overrides, "model.attention.decoder": "reference"})
+    assert pretrain(config, Console(quiet=True))["step"] == STEPS + 1
+    assert "model.attention" not in caplog.text
+
+
+def test_an_attention_back_end_that_cannot_run_stops_the_run_at_once(recipe, tmp_path):
+    overrides = {"output_dir": str(tmp_path / "run"), "model.attention.encoder": "sdpa_cudnn"}
+    with pytest.raises(ValueError, match=r"model\.attention\.encoder='sdpa_cudnn' .*it takes CUDA tensors"):
+        pretrain(load_config(recipe, overrides), Console(quiet=True))
+    assert not RunFolder(tmp_path / "run").config.exists()
+
+
 def test_a_finished_run_only_draws_its_report_again(recipe, uninterrupted, tmp_path):
     before = losses(uninterrupted[0])
     RunFolder(uninterrupted[0]).report.unlink()
