@@ -39,6 +39,7 @@ AttentionName = Literal[
     "sdpa",
     "reference",
 ]
+Recompute = Literal["none", "pointwise", "fc1", "block"]
 
 
 def _require(condition: bool, key: str, value: object, remedy: str) -> None:
@@ -308,6 +309,11 @@ class TrainConfig:
 
     precision: Precision = "bf16"
     """Arithmetic of matrix products; parameters and losses stay fp32. fp16 scales the loss."""
+
+    recompute: Recompute = "none"
+    """What the backward computes again instead of keeping it. Of the 16 numbers that a transformer block keeps for each
+    token and channel, pointwise (LayerNorm and GELU) keeps 10, fc1 (the first MLP layer, too) 6, block (attention, too)
+    2. Each saves memory and costs time, block most; results are the same but for rounding."""
 
     def __post_init__(self) -> None:
         _require(self.epochs > 0, "train.epochs", self.epochs, "choose a positive number")

@@ -35,7 +35,10 @@ OTHER_EXPERIMENT = (
 )  # fmt: skip
 """Keys that make what follows another experiment than what came before."""
 
-HARMLESS = ("output_dir", "resume", "init_weights", "checkpoint.", "log.", "data.num_workers", "model.attention.")
+HARMLESS = (
+    "output_dir", "resume", "init_weights", "checkpoint.", "log.", "data.num_workers", "model.attention.",
+    "train.recompute",
+)  # fmt: skip
 """Keys that change nothing about the clips, masks and updates to come."""
 
 

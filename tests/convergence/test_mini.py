@@ -2,7 +2,11 @@
 
 In a process of its own, with ``-p tests.kernels.interpreter``, the same test compares the Triton kernels. The error is
 squared: an absolute error has a slope that jumps, and any rounding becomes another curve.
+
+What the backward computes again (train.recompute) is the same arithmetic, so there the curves are the same.
 """
+
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from adamae_fast.config import (
     ModelConfig,
     OptimConfig,
     PretrainConfig,
+    Recompute,
     SamplerConfig,
     TrainConfig,
 )
@@ -23,14 +28,22 @@ STEPS = 30
 SIZES = {"size": "nano", "num_frames": 4, "frame_size": 24, "tubelet_size": 2, "patch_size": 8}  # 18 tokens
 
 
-def train(impl: str, dtype: torch.dtype, target: str, device: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def train(
+    impl: str,
+    dtype: torch.dtype,
+    target: str,
+    device: str,
+    *,
+    recompute: Recompute = "none",
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the loss of each step in fp64, and which tokens were visible."""
     config = PretrainConfig(
-        model=ModelConfig(**SIZES, sampler=SamplerConfig(dropout=0.0)),
+        model=ModelConfig(**SIZES, sampler=SamplerConfig(dropout=dropout)),
         mask=MaskConfig(ratio=0.75),
         loss=LossConfig(target=target),
         optim=OptimConfig(),
-        train=TrainConfig(precision="fp32"),
+        train=TrainConfig(precision="fp32", recompute=recompute),
     )
     stepper = Stepper(config, torch.device(device))
     stepper.model.to(dtype)
@@ -61,3 +74,16 @@ def test_kernels_train_as_the_references_do(target: str, device: str) -> None:
     rounding = torch.finfo(torch.float32).eps * truth.abs()
     allowed = 4 * ((reference - truth).abs().cummax(0).values + rounding)
     assert ((kernels - truth).abs() <= allowed).all()
+
+
+def test_recompute_policies_train_alike() -> None:
+    """With dropout, whose masks must be those of the forward."""
+    curves = {
+        policy: train("auto", torch.float32, "normalized", "cpu", recompute=policy, dropout=0.1)
+        for policy in get_args(Recompute)
+    }
+    kept, ids_of_kept = curves.pop("none")
+    assert kept[-5:].mean() < kept[:5].mean()
+    for policy, (losses, ids) in curves.items():
+        assert torch.equal(losses, kept), policy
+        assert all(map(torch.equal, ids, ids_of_kept)), policy
