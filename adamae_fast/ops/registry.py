@@ -150,15 +150,18 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a matrix product of ``tensor`` runs: autocast's where it is on (never for float64)."""
     device_type = tensor.device.type
-    # The meta device has no autocast, and asking whether it is enabled there raises.
-    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    enabled = _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if enabled and tensor.dtype != torch.float64 else tensor.dtype
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A region in which products run in the dtype of their factors."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
+
+
+def _has_autocast(device_type: str) -> bool:
+    """Whether autocast may be asked about: not for the meta device. torch.compile of 2.11 cannot trace torch's own."""
+    return device_type != "meta"
 
 
 def describe(tensor: Tensor) -> str:

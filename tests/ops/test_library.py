@@ -107,7 +107,7 @@ def test_a_request_can_be_compiled(impl: str) -> None:
     compiled = torch.compile(
         lambda video: patchify(video, **SIZES, impl=impl), fullgraph=True, backend="aot_eager", dynamic=False
     )
-    assert torch.equal(compiled(VIDEO), patchify(VIDEO, **SIZES))
+    assert torch.equal(compiled(VIDEO), patchify(VIDEO, **SIZES, impl=impl))
 
 
 def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
