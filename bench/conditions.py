@@ -24,8 +24,11 @@ def collect(device: torch.device) -> dict[str, str]:
         "cudnn": str(torch.backends.cudnn.version() or "") if device.type == "cuda" else "",
         "triton": _version("triton"),
         "driver": _driver() if device.type == "cuda" else "",
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "dirty": "yes" if _git("status", "--porcelain", "--", ".", ":!bench/results") else "no",
+        # A machine that gets a copy of the tree is told which commit it is.
+        "commit": os.environ.get("ADAMAE_COMMIT") or _git("rev-parse", "--short", "HEAD"),
+        "dirty": {"": "no", "unknown": "unknown"}.get(
+            _git("status", "--porcelain", "--", ".", ":!bench/results"), "yes"
+        ),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "load": f"{os.getloadavg()[0]:.1f}",
     }
@@ -58,4 +61,8 @@ def _driver() -> str:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    """What git says; "unknown" in a copy of the tree without its history."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
