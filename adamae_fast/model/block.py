@@ -71,8 +71,10 @@ class Block(nn.Module):
     block       2  nor q, k, v and the attention's result: the two x alone
     =========  ==  =============================================================================================
 
-    Beside them: three or four statistics of a token (of its LayerNorms, and of its attention for each head), and with
-    dropout, which is in no part that is computed again, two bytes for each token and channel.
+    Beside them: statistics of each token (two of each LayerNorm, one of each head), and with dropout, which is in no
+    part that is computed again, two bytes for each token and channel. Policies change no bit of a result on the CPU.
+    torch.compile follows them with ``torch._functorch.config.cse`` off: by default it finds that something is computed
+    twice, and keeps it.
     """
 
     recompute: Recompute = "none"
