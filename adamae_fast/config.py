@@ -12,12 +12,13 @@ from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+if TYPE_CHECKING:
+    # Only the command line and recipes need it, so the model also runs where nothing but PyTorch is installed.
+    from jsonargparse import ArgumentParser, Namespace
 
 ModelSize = Literal["nano", "small", "base", "large", "huge"]
 SamplerKind = Literal["attention", "mlp"]
@@ -27,6 +28,17 @@ TargetKind = Literal["normalized", "raw", "mae_st"]
 DecoderName = Literal["auto", "decord", "pyav"]
 CropKind = Literal["multi_scale", "random_resized", "center"]
 Precision = Literal["fp32", "bf16", "fp16"]
+AttentionName = Literal[
+    "auto",
+    "flash_attn_3",
+    "flash_attn_2",
+    "xformers",
+    "sdpa_cudnn",
+    "sdpa_flash",
+    "sdpa_efficient",
+    "sdpa",
+    "reference",
+]
 Recompute = Literal["none", "pointwise", "fc1", "block"]
 
 
@@ -86,6 +98,24 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Which implementation computes attention in training (names and table: ``docs/attention.md``).
+
+    auto takes the table's choice for the GPU, the number of tokens and the head width. A name forces that one: where it
+    cannot run, training does not start. They differ in speed and rounding, not in what they compute.
+    """
+
+    encoder: AttentionName = "auto"
+    """For the visible tokens (78 of 64 channels a head in the paper's model)."""
+
+    sampler: AttentionName = "auto"
+    """For all tokens in the adaptive sampler (1568 of 96)."""
+
+    decoder: AttentionName = "auto"
+    """For all tokens in the decoder (1568 of 64)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes of the clip and of the network."""
 
@@ -109,6 +139,9 @@ class ModelConfig:
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """The transformer that reconstructs masked tokens."""
+
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Which implementation computes attention in training; no matter of the weights."""
 
     def __post_init__(self) -> None:
         for key in ("num_frames", "frame_size", "tubelet_size", "patch_size"):
@@ -383,8 +416,12 @@ class PretrainConfig:
             reason = f"mask.strategy={self.mask.strategy} has no sampler"
             if self.model.sampler != SamplerConfig():
                 messages.append(f"model.sampler has no effect: {reason}")
+            if self.model.attention.sampler != "auto":
+                messages.append(f"model.attention.sampler has no effect: {reason}")
             if self.loss.sampling_weight != LossConfig().sampling_weight:
                 messages.append(f"loss.sampling_weight has no effect: {reason}")
+        elif self.model.sampler.kind == "mlp" and self.model.attention.sampler != "auto":
+            messages.append("model.attention.sampler has no effect: model.sampler.kind=mlp has no attention")
         if self.init_weights is not None and self.resume not in ("auto", "none"):
             messages.append(f"init_weights has no effect: resume={self.resume} brings its own weights")
         if self.data.crop != "random_resized" and self.data.random_resized_scale != DataConfig().random_resized_scale:
@@ -394,6 +431,9 @@ class PretrainConfig:
 
 def add_pretrain_arguments(parser: ArgumentParser) -> None:
     """Give a jsonargparse parser ``--config FILE`` and one option for each field of :class:`PretrainConfig`."""
+    from jsonargparse import set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of a field is the text below it
     parser.add_argument("--config", action="config", help="A YAML recipe; options that follow override it.")
     parser.add_class_arguments(PretrainConfig)
 
@@ -411,6 +451,8 @@ def load_config(path: str | Path, overrides: Mapping[str, object] | None = None)
     """
     if not Path(path).is_file():
         raise ValueError(f"config={str(path)!r}: no such file; recipes are in the folder configs/")
+    from jsonargparse import ArgumentParser
+
     parser = ArgumentParser(exit_on_error=False)
     add_pretrain_arguments(parser)
     arguments = [f"--config={path}"]

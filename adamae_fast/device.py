@@ -45,6 +45,11 @@ def arithmetic(device: torch.device, precision: Precision) -> AbstractContextMan
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
+def product_dtype(precision: Precision) -> torch.dtype:
+    """Return the dtype in which :func:`arithmetic` lets matrix products run."""
+    return _AUTOCAST.get(precision, torch.float32)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the largest allocation so far: of the GPU's allocator, or of this process where there is none."""
     if device.type == "cuda":

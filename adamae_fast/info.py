@@ -16,7 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from adamae_fast.device import describe_device
-from adamae_fast.ops import library
+from adamae_fast.ops import library, triton_kernels
+from adamae_fast.ops.attention_backends import BACKENDS, PACKAGES, AttentionProblem, reason_missing
 from adamae_fast.version import __version__
 
 
@@ -79,9 +80,8 @@ def _backends() -> list[Backend]:
         _package("av", "PyAV: lists frames, decodes what decord cannot, writes videos"),
         _package("decord", "fast seeking video decoder"),
         _package("transformers", "conversion to and from its VideoMAE folders"),
-        _planned("triton", "operations on the GPU", "triton"),
-        _planned("flash_attn", "attention", "flash-attn"),
-        _planned("xformers", "attention", "xformers"),
+        _triton(),
+        *(_attention(name) for name in PACKAGES),
         _planned("apex", "fused optimizer", "apex"),
         _planned("nvidia.dali", "video decoding on the GPU", "nvidia-dali-cuda130"),
     ]
@@ -107,6 +107,24 @@ def _package(module: str, purpose: str) -> Backend:
     except Exception as error:  # a broken binary raises anything, and this command exists to say what
         return Backend(module, purpose, False, f"not usable: {type(error).__name__}: {error}")
     return Backend(module, purpose, True, importlib.metadata.version(module))
+
+
+def _triton() -> Backend:
+    """The kernels for CUDA tensors, which replace the references there by themselves."""
+    reason = triton_kernels.reason_missing()
+    if reason is None and not torch.cuda.is_available():
+        reason = f"{importlib.metadata.version('triton')} is installed, but there is no CUDA device"
+    return Backend("triton", "operations on the GPU", reason is None, reason or importlib.metadata.version("triton"))
+
+
+def _attention(name: str) -> Backend:
+    """An optional package for attention: whether it could be used in bf16 on this machine's first device."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    problem = AttentionProblem(device, torch.bfloat16, num_tokens=1568, head_dim=64, needs_grad=True)
+    reasons = BACKENDS[name].reasons(problem)
+    if reasons and not reason_missing(name):
+        reasons.insert(0, f"{PACKAGES[name].version()} is installed")
+    return Backend(name, "attention", not reasons, "; ".join(reasons) or PACKAGES[name].version())
 
 
 def _planned(name: str, purpose: str, distribution: str) -> Backend:

@@ -20,7 +20,7 @@ from adamae_fast.ops.registry import Impl
 from adamae_fast.testing import InputFactory, OpShape
 from bench.conditions import ROOT
 from bench.memory import peak_extra_bytes
-from bench.registry import Entry, Inputs, Mode, Outputs
+from bench.registry import CUDA_GATES, Entry, Inputs, Mode, Outputs
 from bench.timing import Plan, Timing, time_in_turns
 
 COMPILE_BACKEND = "inductor"
@@ -222,7 +222,7 @@ def measure(
 ) -> Measured:
     """Measure every arm of one operation that is right; ``say`` hears what is being done."""
     measured = Measured()
-    for gate in entry.gates:
+    for gate in (*entry.gates, *(CUDA_GATES if device.type == "cuda" else ())):
         say(f"pytest {' '.join(gate)}")
         if red := run_gate(gate):
             measured.refused["all"] = f"its tests are red ({red})"

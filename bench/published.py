@@ -112,6 +112,24 @@ def masked_patch_loss(
     return F.mse_loss(prediction_BMP.float(), labels_BMP, reduction="none").mean(dim=-1)
 
 
+def head_patch_loss(
+    hidden_BME: Tensor,
+    weight_PE: Tensor,
+    bias_P: Tensor,
+    normalized_BCTHW: Tensor,
+    mask_BN: Tensor,
+    mean_C111: Tensor,
+    std_C111: Tensor,
+    tubelet_size: int,
+    patch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """The decoder's head, then the error of each token; its mean is trained, the error itself goes to the sampler."""
+    sizes = (tubelet_size, patch_size)
+    prediction_BMP = F.linear(hidden_BME, weight_PE, bias_P)
+    error_BM = masked_patch_loss(prediction_BMP, normalized_BCTHW, mask_BN, mean_C111, std_C111, *sizes)
+    return error_BM.mean(), error_BM.detach()
+
+
 def sampling_loss(logits_BN: Tensor, mask_BN: Tensor, error_BM: Tensor) -> Tensor:
     """A loop over the clips, with a categorical distribution for each."""
     probabilities_BN = logits_BN.softmax(-1)

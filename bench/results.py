@@ -137,8 +137,9 @@ def _judge(name: str, goal: Goal, arms: Mapping[str, Row]) -> list[Verdict]:
     add("× published", goal.published, speedup(arms, "published"))
     add("× torch.compile", goal.compiled, speedup(arms, "compiled"))
     if "published" in arms and int(arms["published"]["peak_bytes"]):
-        share = int(mine["peak_bytes"]) / int(arms["published"]["peak_bytes"])
-        add("memory / published", goal.memory, share, at_least=False)
+        own, theirs = int(mine["peak_bytes"]), int(arms["published"]["peak_bytes"])
+        add("memory / published", goal.memory, own / theirs, at_least=False)
+        add("bytes saved", goal.saved_bytes, theirs - own)
     add("share of copy roof", goal.roof, float(mine["roof_share"]))
     add("µs", goal.microseconds, float(mine["median_us"]), at_least=False)
     return verdicts

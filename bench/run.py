@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     table = by_operation(rows)
     verdicts = judge(table, device.type)
     _print_table(rows, refused)
+    if rows and float(rows[0]["load"]) > 1:
+        print(f"warning: the load average was {rows[0]['load']} at the start; other work disturbs such figures")
     if out is not None and rows:
         path = out / f"kernels_{conditions.slug(rows[0])}.csv"
         all_rows = write_csv(path, rows)

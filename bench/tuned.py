@@ -81,6 +81,21 @@ def masked_patch_loss(
     return (prediction_BMP.float() - targets_BMP).square().mean(dim=2)
 
 
+def head_patch_loss(
+    hidden_BME: Tensor,
+    weight_PE: Tensor,
+    bias_P: Tensor,
+    video_BCTHW: Tensor,
+    masked_ids_BM: Tensor,
+    tubelet_size: int,
+    patch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """The head on all masked tokens, then the error of each."""
+    prediction_BMP = F.linear(hidden_BME, weight_PE, bias_P)
+    error_BM = masked_patch_loss(prediction_BMP, video_BCTHW, masked_ids_BM, tubelet_size, patch_size)
+    return error_BM.mean(), error_BM.detach()
+
+
 def sampling_loss(logits_BN: Tensor, masked_ids_BM: Tensor, error_BM: Tensor) -> Tensor:
     """All clips at once."""
     p_BM = logits_BN.float().softmax(-1).gather(1, masked_ids_BM)

@@ -46,6 +46,7 @@ Tensor gather_tokens_backward(const Tensor& grad, const Tensor& slots) {
   Tensor out_BND = torch::stable::new_empty(grad, {grad.size(0), num_tokens, width});
   with_floating_type("grad", grad.scalar_type(), [&](auto type) {
     using T = decltype(type);
+    if (width == 0) return;  // memset takes no null pointer, even for no bytes
     const auto* places = data<int64_t>(slots_BN);
     const auto* rows = data<T>(grad_BKD);
     auto* out = mutable_data<T>(out_BND);

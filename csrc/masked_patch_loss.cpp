@@ -137,6 +137,20 @@ void for_each_target(const Tubelets& tubelets, Target target, const Tensor& ids_
   });
 }
 
+// Σ term(i), in eight sums side by side: they round less than one sum does, whether or not the compiler vectorises it.
+template <class C, class Term>
+C sum_of(int64_t size, const Term& term) {
+  constexpr int64_t kLanes = 8;
+  C sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += term(i + lane);
+  }
+  for (; i < size; ++i) sums[i % kLanes] += term(i);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
 template <class C, class Body>
 void for_each_target(const Tubelets& tubelets, Target target, const Tensor& ids_BM, const Body& body) {
   for_each_target<C>(tubelets, target, ids_BM, 0, ids_BM.numel(), body);
@@ -144,21 +158,15 @@ void for_each_target(const Tubelets& tubelets, Target target, const Tensor& ids_
 
 template <class T, class C>
 C squared_error(const T* prediction, const C* target, int64_t size) {
-  C sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < size; ++i) {
+  return sum_of<C>(size, [=](int64_t i) {
     const C difference = static_cast<C>(prediction[i]) - target[i];
-    sum += difference * difference;
-  }
-  return sum;
+    return difference * difference;
+  });
 }
 
 template <class T, class C>
 C absolute_error(const T* prediction, const C* target, int64_t size) {
-  C sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < size; ++i) sum += std::abs(static_cast<C>(prediction[i]) - target[i]);
-  return sum;
+  return sum_of<C>(size, [=](int64_t i) { return std::abs(static_cast<C>(prediction[i]) - target[i]); });
 }
 
 template <class T, class C>
@@ -256,7 +264,7 @@ Tensor patch_loss_step(Tensor prediction, const Tensor& video, const Tensor& mas
   check_dim("prediction", prediction, 2);
   const int64_t num_rows = prediction.size(0);
   check_shape("prediction", prediction, {num_rows, size});
-  check(first_row >= 0 && first_row + num_rows <= ids_BM.numel(), "first_row=", first_row, " and ", num_rows,
+  check(first_row >= 0 && first_row <= ids_BM.numel() - num_rows, "first_row=", first_row, " and ", num_rows,
         " rows of prediction leave the ", ids_BM.numel(), " masked tokens");
   const Tensor prediction_RP = contiguous(prediction);
   Tensor out_R = torch::stable::new_empty(prediction, {num_rows}, accumulate_type(prediction.scalar_type()));

@@ -1,18 +1,20 @@
 // patchify: formula in adamae_fast/ops/patchify.py.
-//
-// A byte has 256 values, so the arithmetic is done once for each of them and channel, and the clip is looked up.
 #include "tubelets.h"
 
 namespace adamae {
 namespace {
 
-template <class T, class Stride>
-T* copy_channel(const Tubelets& tubelets, const uint8_t* corner, const T* table, Stride stride, T* out) {
-  const int64_t step = stride;
+// Writes scale · v + shift of a token's pixels in one channel and returns where the next channel goes.
+template <class T, class C, class Stride>
+T* write_channel(const Tubelets& tubelets, const uint8_t* corner, C scale, C shift, Stride stride, T* out) {
+  const int64_t width = tubelets.patch_size, step = stride;
   for (int64_t t = 0; t < tubelets.tubelet_size; ++t) {
-    for (int64_t h = 0; h < tubelets.patch_size; ++h) {
+    for (int64_t h = 0; h < width; ++h) {
       const uint8_t* row = corner + t * tubelets.stride_t + h * tubelets.stride_h;
-      for (int64_t w = 0; w < tubelets.patch_size; ++w) *out++ = table[row[w * step]];
+      for (int64_t w = 0; w < width; ++w) {
+        out[w] = static_cast<T>(std::fma(static_cast<C>(static_cast<int32_t>(row[w * step])), scale, shift));
+      }
+      out += width;
     }
   }
   return out;
@@ -28,10 +30,10 @@ Tensor patchify(const Tensor& video, int64_t tubelet_size, int64_t patch_size, s
   with_floating_type("dtype", dtype, [&](auto type) {
     using T = decltype(type);
     using C = Compute<T>;
-    std::vector<T> tables(kChannels * 256);
-    for (int64_t i = 0; i < kChannels * 256; ++i) {
-      const C x = static_cast<C>(i % 256) / 255;
-      tables[i] = static_cast<T>((x - static_cast<C>(mean[i / 256])) / static_cast<C>(std[i / 256]));
+    C scale[kChannels], shift[kChannels];
+    for (int64_t c = 0; c < kChannels; ++c) {
+      scale[c] = static_cast<C>(1 / (255 * std[c]));
+      shift[c] = static_cast<C>(-mean[c] / std[c]);
     }
     auto* all_out = mutable_data<T>(out_BNP);
     parallel_rows(tubelets.batch_size * num_tokens, size, [&](int64_t begin, int64_t end) {
@@ -40,11 +42,10 @@ Tensor patchify(const Tensor& video, int64_t tubelet_size, int64_t patch_size, s
         T* out = all_out + i * size;
         for (int64_t c = 0; c < kChannels; ++c) {
           const uint8_t* first = corner + c * tubelets.stride_c;
-          const T* table = tables.data() + c * 256;
           // A constant stride is the usual case and the faster loop.
           out = tubelets.stride_w == 1
-                    ? copy_channel(tubelets, first, table, std::integral_constant<int64_t, 1>(), out)
-                    : copy_channel(tubelets, first, table, tubelets.stride_w, out);
+                    ? write_channel(tubelets, first, scale[c], shift[c], std::integral_constant<int64_t, 1>(), out)
+                    : write_channel(tubelets, first, scale[c], shift[c], tubelets.stride_w, out);
         }
       }
     });

@@ -4,6 +4,7 @@
 #include <functional>
 
 #include "common.h"
+#include "exponential.h"
 #include "gumbel.h"
 #include "ordered.h"
 
@@ -65,11 +66,16 @@ void draw_noise(uint64_t seed, int64_t num_tokens, float* noise) {
 template <class T, class C>
 void describe(const T* logits, int64_t num_tokens, C* statistics) {
   C largest = static_cast<C>(logits[0]);
-  for (int64_t n = 1; n < num_tokens; ++n) largest = std::max(largest, static_cast<C>(logits[n]));
+#pragma omp simd reduction(max : largest)
+  for (int64_t n = 0; n < num_tokens; ++n) {
+    const C logit = static_cast<C>(logits[n]);
+    largest = largest < logit ? logit : largest;
+  }
   double sum = 0, weighted = 0;
+#pragma omp simd reduction(+ : sum, weighted)
   for (int64_t n = 0; n < num_tokens; ++n) {
     const C below = static_cast<C>(logits[n]) - largest;
-    const C weight = std::exp(below);
+    const C weight = exp_of_negative(below);
     sum += weight;
     weighted += below * weight;  // 0 · -inf is NaN, as it should be
   }

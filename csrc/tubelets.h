@@ -21,6 +21,10 @@ struct Tubelets {
           "; pass uint8, normalisation happens here");
     check_dim("video", video, 5);
     check(video.size(1) == kChannels, "video has ", video.size(1), " channels; pass RGB");
+    // So that pixels_per_token cannot overflow.
+    check(tubelet <= video.size(2) && patch <= video.size(3) && patch <= video.size(4), "tubelet_size=", tubelet,
+          ", patch_size=", patch, ": larger than the video, ", video.size(2), " frames of ", video.size(3), " × ",
+          video.size(4), " pixels");
     bytes = data<uint8_t>(video);
     batch_size = video.size(0);
     frames = video.size(2) / tubelet;

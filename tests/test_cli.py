@@ -53,9 +53,12 @@ def test_info_says_what_is_missing_and_why(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["adamae_fast"] == __version__
     backends = {backend["name"]: backend for backend in facts["backends"]}
-    assert {"decord", "av", "triton", "flash_attn", "xformers", "apex", "nvidia.dali"} <= set(backends)
+    assert {"decord", "av", "triton", "flash_attn_2", "flash_attn_3", "xformers", "apex", "nvidia.dali"} <= set(
+        backends
+    )
     assert all(backend["detail"] for backend in backends.values())
     assert backends["av"]["available"]
+    assert "CUDA" in backends["flash_attn_3"]["detail"] or backends["flash_attn_3"]["available"]
 
 
 def test_info_table_names_every_back_end(capsys):

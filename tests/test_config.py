@@ -1,8 +1,10 @@
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from adamae_fast.config import PretrainConfig, load_config, save_config
+from adamae_fast.config import AttentionName, PretrainConfig, load_config, save_config
+from adamae_fast.ops.attention_backends import BACKENDS
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -41,6 +43,7 @@ def test_recipes_of_table_5(name, stride, flip):
         ("optim.warmup_epochs", 1e9, r"optim\.warmup_epochs=1000000000\.0.*train\.epochs"),
         ("train.steps", "ten", "train.steps"),
         ("mask.ratoi", 0.9, "mask.ratoi"),
+        ("model.attention.decoder", "flash", r"(?s)model\.attention\.decoder.*sdpa_cudnn"),
     ],
 )
 def test_bad_values_name_key_and_remedy(key, value, words):
@@ -51,3 +54,22 @@ def test_bad_values_name_key_and_remedy(key, value, words):
 def test_missing_recipe_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nothing\.yaml"):
         load_config(tmp_path / "nothing.yaml")
+
+
+def test_attention_names_are_the_back_ends():
+    assert get_args(AttentionName) == ("auto", *BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        ({}, 0),
+        ({"model.attention.sampler": "sdpa"}, 0),
+        ({"model.attention.sampler": "sdpa", "model.sampler.kind": "mlp"}, 1),
+        ({"model.attention.sampler": "sdpa", "mask.strategy": "tube"}, 1),
+        ({"model.attention.decoder": "sdpa", "mask.strategy": "tube"}, 0),
+    ],
+)
+def test_attention_of_a_part_that_has_none_is_told(overrides, messages):
+    told = load_config(RECIPES[0], overrides).without_effect()
+    assert [message.startswith("model.attention.sampler has no effect: m") for message in told] == [True] * messages

@@ -33,6 +33,7 @@ OPTIONAL = {
     "av",
     "decord",
     "flash_attn",
+    "flash_attn_interface",
     "matplotlib",
     "nvidia.dali",
     "tensorboard",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from adamae_fast.config import LossConfig, MaskConfig, ModelConfig, Recompute, load_config
 from adamae_fast.grid import TokenGrid
 from adamae_fast.masking import STRATEGIES
-from adamae_fast.model.block import Block
+from adamae_fast.model.block import Attention, Block
 from adamae_fast.model.decoder import Decoder
 from adamae_fast.model.encoder import Encoder
 from adamae_fast.model.positions import sinusoid_table
@@ -27,6 +27,8 @@ from adamae_fast.model.sampler import build_sampler
 from adamae_fast.model.sizes import SIZES
 from adamae_fast.model.tokenizer import Tokenizer
 from adamae_fast.ops.assemble_decoder import assemble_decoder
+from adamae_fast.ops.attention import choose_attention
+from adamae_fast.ops.attention_backends import AttentionProblem
 from adamae_fast.ops.gather_tokens import gather_tokens
 from adamae_fast.ops.head_patch_loss import head_patch_loss
 from adamae_fast.ops.masked_patch_loss import masked_patch_loss
@@ -93,13 +95,17 @@ class AdaMAE(nn.Module):
         decoder_size = dataclasses.replace(size.decoder, depth=model.decoder.depth or size.decoder.depth)
 
         self.tokenizer = Tokenizer(self.grid, width)
-        self.sampler = build_sampler(model.sampler, num_tokens, width) if self.strategy.needs_logits else None
+        self.sampler = (
+            build_sampler(model.sampler, num_tokens, width, model.attention.sampler)
+            if self.strategy.needs_logits
+            else None
+        )
         self.detach_tokens = model.sampler.detach_tokens
-        self.encoder = Encoder(size.encoder)
+        self.encoder = Encoder(size.encoder, model.attention.encoder)
         self.projection = nn.Linear(width, decoder_size.width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(decoder_size.width))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        self.decoder = Decoder(decoder_size, self.grid.pixels_per_token)
+        self.decoder = Decoder(decoder_size, self.grid.pixels_per_token, model.attention.decoder)
         self.register_buffer("positions_ND", sinusoid_table(num_tokens, width), persistent=False)
         self.register_buffer("decoder_positions_NE", sinusoid_table(num_tokens, decoder_size.width), persistent=False)
 
@@ -129,6 +135,27 @@ class AdaMAE(nn.Module):
             raise ValueError(f"{weights_file} is damaged ({error}); use another checkpoint") from error
         except RuntimeError as error:
             raise ValueError(f"{weights_file}: these weights do not fit the configured model: {error}") from error
+
+    def attention_backends(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+        """Return the attention back end that training on ``device``, with products in ``dtype``, takes for each part.
+
+        Raises ValueError that names the key and each reason if one that ``model.attention`` asks for cannot run there.
+        """
+        chosen = {}
+        tokens = {"encoder": self.num_visible, "sampler": self.grid.num_tokens, "decoder": self.grid.num_tokens}
+        for part, num_tokens in tokens.items():
+            module = getattr(self, part)  # without attention: the sampler that is an MLP, or none at all
+            layer = next((m for m in module.modules() if isinstance(m, Attention)), None) if module else None
+            if layer is not None:
+                head_dim = layer.proj.in_features // layer.num_heads
+                problem = AttentionProblem(device, dtype, num_tokens, head_dim, needs_grad=True)
+                name, reasons = choose_attention(problem, layer.backend)
+                if name is None:
+                    raise ValueError(
+                        f"model.attention.{part}={layer.backend!r} cannot take {problem}: {reasons}; choose auto"
+                    )
+                chosen[part] = name
+        return chosen
 
     def set_recompute(self, policy: Recompute) -> None:
         """Choose what the backward computes again instead of keeping it; weights and results stay what they are.

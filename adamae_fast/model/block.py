@@ -18,13 +18,18 @@ MLP_RATIO = 4
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; q and v may have a bias, k never has one (it would cancel in the softmax)."""
+    """Multi-head self-attention; q and v may have a bias, k never has one (it would cancel in the softmax).
 
-    def __init__(self, width: int, num_heads: int, *, qv_bias: bool) -> None:
+    In training mode it computes with ``backend`` (:func:`adamae_fast.ops.attention.attention`) and no other. Otherwise
+    it takes what fits: pictures and exports run in fp32 and on any machine, which few back ends do.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, qv_bias: bool, backend: str = "auto") -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width={width} is not a multiple of num_heads={num_heads}; change one of them")
         self.num_heads = num_heads
+        self.backend = backend
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width)) if qv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(width)) if qv_bias else None
@@ -43,7 +48,8 @@ class Attention(nn.Module):
     def attend(self, qkv_BN3D: Tensor) -> Tensor:
         """Return softmax(q kᵀ / √d) v of given q, k and v, projected."""
         q_BNHd, k_BNHd, v_BNHd = qkv_BN3D.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        return self.proj(attention(q_BNHd, k_BNHd, v_BNHd).flatten(2))
+        backend = self.backend if self.training else "auto"
+        return self.proj(attention(q_BNHd, k_BNHd, v_BNHd, backend=backend).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -67,7 +73,7 @@ class Block(nn.Module):
     =========  ==  =============================================================================================
     none       16  x, LayerNorm(x), q, k, v, the attention's result; x, LayerNorm(x), fc1's result (4), GELU's (4)
     pointwise  10  neither LayerNorm's results nor GELU's: they are computed again
-    fc1         6  nor fc1's: it is computed again, a fifth more products of the linear layers' forward
+    fc1         6  nor fc1's: it is computed again, a third of the linear layers' forward
     block       2  nor q, k, v and the attention's result: the two x alone
     =========  ==  =============================================================================================
 
@@ -80,11 +86,18 @@ class Block(nn.Module):
     recompute: Recompute = "none"
 
     def __init__(
-        self, width: int, num_heads: int, *, qv_bias: bool = True, dropout: float = 0.0, norm_eps: float = 1e-6
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        qv_bias: bool = True,
+        dropout: float = 0.0,
+        norm_eps: float = 1e-6,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.norm1 = LayerNorm(width, eps=norm_eps)
-        self.attention = Attention(width, num_heads, qv_bias=qv_bias)
+        self.attention = Attention(width, num_heads, qv_bias=qv_bias, backend=backend)
         self.norm2 = LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width)
         self.dropout = Dropout(dropout)

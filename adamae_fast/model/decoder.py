@@ -15,9 +15,9 @@ class Decoder(nn.Module):
     ``head``, Linear(E, P), makes pixels of the result; in training that happens inside the loss.
     """
 
-    def __init__(self, size: TransformerSize, pixels_per_token: int) -> None:
+    def __init__(self, size: TransformerSize, pixels_per_token: int, backend: str = "auto") -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(Block(size.width, size.num_heads) for _ in range(size.depth)))
+        self.blocks = nn.Sequential(*(Block(size.width, size.num_heads, backend=backend) for _ in range(size.depth)))
         self.norm = LayerNorm(size.width, eps=1e-6)
         self.head = nn.Linear(size.width, pixels_per_token)
         init_linears(self)

@@ -12,9 +12,9 @@ from adamae_fast.model.sizes import TransformerSize
 class Encoder(nn.Module):
     """Blocks, then LayerNorm."""
 
-    def __init__(self, size: TransformerSize) -> None:
+    def __init__(self, size: TransformerSize, backend: str = "auto") -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(Block(size.width, size.num_heads) for _ in range(size.depth)))
+        self.blocks = nn.Sequential(*(Block(size.width, size.num_heads, backend=backend) for _ in range(size.depth)))
         self.norm = LayerNorm(size.width, eps=1e-6)
         init_linears(self)
 

@@ -18,7 +18,7 @@ NUM_HEADS = 8
 class AttentionSampler(nn.Module):
     """Z = MHA(X); logits = Linear(Z), with ``depth`` transformer blocks of ``width`` channels."""
 
-    def __init__(self, config: SamplerConfig, num_tokens: int, token_width: int) -> None:
+    def __init__(self, config: SamplerConfig, num_tokens: int, token_width: int, backend: str = "auto") -> None:
         super().__init__()
         width = config.width or token_width
         self.positions = nn.Parameter(torch.zeros(1, num_tokens, token_width))
@@ -26,7 +26,7 @@ class AttentionSampler(nn.Module):
         # Blocks without q/v bias and with LayerNorm's default epsilon, unlike encoder and decoder: as published.
         self.blocks = nn.Sequential(
             *(
-                Block(width, NUM_HEADS, qv_bias=False, dropout=config.dropout, norm_eps=1e-5)
+                Block(width, NUM_HEADS, qv_bias=False, dropout=config.dropout, norm_eps=1e-5, backend=backend)
                 for _ in range(config.depth)
             )
         )
@@ -71,8 +71,10 @@ def _logits(head: nn.Linear, features_BND: Tensor) -> Tensor:
         return (features_BND * head.weight[0]).sum(-1) + head.bias
 
 
-def build_sampler(config: SamplerConfig, num_tokens: int, token_width: int) -> AttentionSampler | MlpSampler:
+def build_sampler(
+    config: SamplerConfig, num_tokens: int, token_width: int, backend: str = "auto"
+) -> AttentionSampler | MlpSampler:
     """Return the network that ``model.sampler`` describes."""
     if config.kind == "mlp":
         return MlpSampler(num_tokens, token_width)
-    return AttentionSampler(config, num_tokens, token_width)
+    return AttentionSampler(config, num_tokens, token_width, backend)

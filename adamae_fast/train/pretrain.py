@@ -27,7 +27,7 @@ from adamae_fast.train.summary import write_summary
 log = logging.getLogger("adamae_fast")
 
 OTHER_MODEL = ("model.", "mask.strategy")
-"""Keys that decide which weights there are."""
+"""Keys that decide which weights there are, but for those in HARMLESS."""
 
 OTHER_EXPERIMENT = (
     "seed", "mask.", "loss.", "optim.", "train.batch_size", "train.accumulate", "train.precision",
@@ -35,7 +35,10 @@ OTHER_EXPERIMENT = (
 )  # fmt: skip
 """Keys that make what follows another experiment than what came before."""
 
-HARMLESS = ("output_dir", "resume", "init_weights", "checkpoint.", "log.", "data.num_workers", "train.recompute")
+HARMLESS = (
+    "output_dir", "resume", "init_weights", "checkpoint.", "log.", "data.num_workers", "model.attention.",
+    "train.recompute",
+)  # fmt: skip
 """Keys that change nothing about the clips, masks and updates to come."""
 
 
@@ -83,6 +86,7 @@ def _print_setting(
         ("run", f"{config.output_dir}, {num_videos} videos"),
         ("device", f"{describe_device(stepper.device)}, {config.train.precision}"),
         ("model", f"{config.model.size}, {parameters / 1e6:.1f} M parameters"),
+        ("attention", ", ".join(f"{part} {name}" for part, name in stepper.attention_backends.items())),
         ("mask", f"{config.mask.strategy}: {visible} of {tokens} tokens visible ({1 - visible / tokens:.1%} masked)"),
         *schedule.describe(),
     ]
@@ -185,7 +189,7 @@ def _refuse_other_run(
     is_own = checkpoint.is_checkpoint_of(run, folder)
     refused = OTHER_MODEL + (OTHER_EXPERIMENT if is_own else ())
     for key, (then, now) in changed.items():
-        if key.startswith(refused):
+        if key.startswith(refused) and not key.startswith(HARMLESS):
             remedy = "choose another output_dir" if is_own else f"keep {key}={then!r} to continue it"
             if is_own and not key.startswith(OTHER_MODEL):
                 remedy += f", with --resume {folder} if it is to go on from there"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adamae_fast.config import PretrainConfig
-from adamae_fast.device import arithmetic
+from adamae_fast.device import arithmetic, product_dtype
 from adamae_fast.model.adamae import AdaMAE, AdaMAEOutput
 from adamae_fast.ops.sample_visible import NonFiniteLogitsError
 from adamae_fast.train.finite import FiniteGuard, NonFiniteError, non_finite
@@ -29,6 +29,7 @@ class Stepper:
         torch.manual_seed(config.seed)
         self.model = AdaMAE(config.model, config.mask, config.loss).to(device).train()
         self.model.set_recompute(config.train.recompute)
+        self.attention_backends = self.model.attention_backends(device, product_dtype(config.train.precision))
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
         self.guard = FiniteGuard((*FIGURES, "grad_norm"), device)

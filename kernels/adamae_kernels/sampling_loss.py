@@ -53,13 +53,13 @@ def _kernel(logits, ids, error, loss, gradient, N, M, BLOCK_N: tl.constexpr, BLO
     tl.store(loss + clip, tl.div_rn(-tl.sum(tl.log(clamped_M) * error_M, 0), M.to(tl.float32)))
 
     is_clamped_M = (p_M < _EPS) | (p_M > 1 - _EPS)
-    weight_M = tl.where(is_clamped_M, 0.0, tl.div_rn(error_M, M.to(tl.float32)))
-    # An invalid id's p is NaN and must reach the whole clip; a valid one adds exactly 0.
-    sum_w = tl.sum(weight_M + tl.where(p_M == p_M, 0.0, float("nan")), 0)
+    weight_M = tl.where(is_clamped_M, 0.0, error_M)
+    # An invalid id's p is NaN and must reach the whole clip; a valid one adds exactly 0. Divided once, after the sum.
+    sum_w = tl.div_rn(tl.sum(weight_M + tl.where(p_M == p_M, 0.0, float("nan")), 0), M.to(tl.float32))
     tl.store(gradient + offset_N, tl.div_rn(exp_N, total) * sum_w, mask=in_range_N)
     # Other threads of this program wrote the masked tokens' p · Σw; only after all of them may w be taken off.
     tl.debug_barrier()
-    tl.store(gradient + id_M, p_M * sum_w - weight_M, mask=in_range_M & valid_M)
+    tl.store(gradient + id_M, p_M * sum_w - tl.div_rn(weight_M, M.to(tl.float32)), mask=in_range_M & valid_M)
 
 
 def sampling_loss(logits_BN: Tensor, masked_ids_BM: Tensor, error_BM: Tensor) -> tuple[Tensor, Tensor]:

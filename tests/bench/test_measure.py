@@ -12,7 +12,7 @@ from adamae_fast.ops.registry import registered_names
 from adamae_fast.testing import InputFactory, OpShape
 from bench import measure, registry, results, run
 from bench.memory import peak_extra_bytes
-from bench.registry import ENTRIES, Goal
+from bench.registry import ENTRIES, STEPS, Goal
 from bench.timing import QUICK, Plan, copy_roof, summarize, time_in_turns
 
 CPU = torch.device("cpu")
@@ -39,7 +39,8 @@ def measure_tiny(entry: registry.Entry) -> measure.Measured:
 
 
 def test_every_operation_is_measured() -> None:
-    assert {name.removesuffix("_backward") for name in registered_names()} == set(ENTRIES)
+    assert {name.removesuffix("_backward") for name in registered_names()} - set(STEPS) == set(ENTRIES)
+    assert set(STEPS.values()) <= set(ENTRIES)
 
 
 @every_entry
@@ -61,6 +62,20 @@ def test_every_arm_computes_the_operation_and_is_measured_in_every_mode(name: st
         assert 0 < figure.timing.p20 <= figure.timing.median <= figure.timing.p80
         assert figure.timing.num_calls == 2
         assert figure.peak_bytes > 0
+
+
+def test_a_gpu_has_gates_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def only_cuda_is_red(arguments: tuple[str, ...]) -> str | None:
+        asked.append(arguments[0])
+        return "red" if "gpu" in arguments[0] else None
+
+    monkeypatch.setattr(measure, "run_gate", only_cuda_is_red)
+    arguments = (TINY, torch.float32, torch.device("cuda"), QUICK, lambda what: None)
+    assert measure.measure(ENTRIES["gather_tokens"], *arguments).refused == {"all": "its tests are red (red)"}
+    assert asked[-1] == "tests/kernels/test_on_gpu.py"
+    assert all((run.conditions.ROOT / file).is_file() for (file,) in registry.CUDA_GATES)
 
 
 def test_an_arm_that_is_wrong_is_refused_and_the_others_are_measured() -> None:
@@ -202,9 +217,13 @@ def test_least_traffic_is_that_of_the_tensors() -> None:
     check("assemble_decoder", "backward", tokens, shown, bias)
     check("patch_targets", "forward", masked_video, split.masked_ids_BM, prediction)
     check("masked_patch_loss", "forward", prediction, masked_video, split.masked_ids_BM, error)
-    check("masked_patch_loss", "backward", prediction, prediction, masked_video, split.masked_ids_BM, error)
+    check("masked_patch_loss", "backward", prediction, prediction)
+    hidden, head, head_bias = f.tokens(9), f.normal(96, 8), f.normal(96)
+    read = (hidden, head, head_bias, masked_video, split.masked_ids_BM)
+    check("head_patch_loss", "forward", *read, error, torch.zeros(()))
+    check("head_patch_loss", "backward", *[hidden, head, head_bias] * 2)
     check("sampling_loss", "forward", logits, split.masked_ids_BM, error)
-    check("sampling_loss", "backward", logits, logits, split.masked_ids_BM, error)
+    check("sampling_loss", "backward", logits, logits)
     forward, backward = (results.minimal_bytes(ENTRIES["sampling_loss"], TINY, 4, m) for m in ("forward", "backward"))
     assert results.minimal_bytes(ENTRIES["sampling_loss"], TINY, 4, "full") == forward + backward
 
@@ -226,10 +245,12 @@ def test_goals_are_judged() -> None:
 
 
 def test_goals_of_a_gpu_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    goal = Goal(device="cuda", mode="full", roof=0.75, microseconds=8)
+    goal = Goal(device="cuda", mode="full", roof=0.75, microseconds=8, saved_bytes=20)
     monkeypatch.setitem(ENTRIES, "masked_patch_loss", replace(ENTRIES["masked_patch_loss"], goals=(goal,)))
-    verdicts = results.judge(results.by_operation([row("auto", 7, 1), row("triton", 9, 1), row("cuda", 6, 1)]), "cuda")
+    rows = [row("published", 9, 22), row("auto", 7, 1), row("triton", 9, 1), row("cuda", 6, 1)]
+    verdicts = results.judge(results.by_operation(rows), "cuda")
     assert [(v.goal, v.measured, v.met) for v in verdicts] == [
+        ("bytes saved ≥ 20", 21, True),
         ("share of copy roof ≥ 0.75", 0.5, False),
         ("µs ≤ 8", 7.0, True),
     ]

@@ -29,7 +29,13 @@ SIZES = {"size": "nano", "num_frames": 4, "frame_size": 24, "tubelet_size": 2, "
 
 
 def train(
-    impl: str, dtype: torch.dtype, target: str, recompute: Recompute = "none", dropout: float = 0.0
+    impl: str,
+    dtype: torch.dtype,
+    target: str,
+    device: str,
+    *,
+    recompute: Recompute = "none",
+    dropout: float = 0.0,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the loss of each step in fp64, and which tokens were visible."""
     config = PretrainConfig(
@@ -39,11 +45,11 @@ def train(
         optim=OptimConfig(),
         train=TrainConfig(precision="fp32", recompute=recompute),
     )
-    stepper = Stepper(config, torch.device("cpu"))
+    stepper = Stepper(config, torch.device(device))
     stepper.model.to(dtype)
     losses, visible_ids = [], []
-    stepper.model.register_forward_hook(lambda _, __, output: losses.append(output.loss.detach().double()))
-    stepper.model.register_forward_hook(lambda _, __, output: visible_ids.append(output.visible_ids))
+    stepper.model.register_forward_hook(lambda _, __, output: losses.append(output.loss.detach().double().cpu()))
+    stepper.model.register_forward_hook(lambda _, __, output: visible_ids.append(output.visible_ids.cpu()))
     generator = torch.Generator().manual_seed(0)
     videos = torch.randint(0, 256, (2, 3, 4, 24, 24), dtype=torch.uint8, generator=generator)
     with prefer(impl):
@@ -54,11 +60,12 @@ def train(
     return torch.stack(losses), visible_ids
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("target", ["normalized", "mae_st"])
-def test_kernels_train_as_the_references_do(target: str) -> None:
-    truth, ids_of_truth = train("reference", torch.float64, target)
-    reference, ids_of_reference = train("reference", torch.float32, target)
-    kernels, ids_of_kernels = train("auto", torch.float32, target)
+def test_kernels_train_as_the_references_do(target: str, device: str) -> None:
+    truth, ids_of_truth = train("reference", torch.float64, target, device)
+    reference, ids_of_reference = train("reference", torch.float32, target, device)
+    kernels, ids_of_kernels = train("auto", torch.float32, target, device)
     assert truth[-5:].mean() < truth[:5].mean()
     # Masks are the same to the last token, or a loss would differ by more than rounding.
     for ids in (ids_of_reference, ids_of_kernels):
@@ -71,7 +78,10 @@ def test_kernels_train_as_the_references_do(target: str) -> None:
 
 def test_recompute_policies_train_alike() -> None:
     """With dropout, whose masks must be those of the forward."""
-    curves = {policy: train("auto", torch.float32, "normalized", policy, dropout=0.1) for policy in get_args(Recompute)}
+    curves = {
+        policy: train("auto", torch.float32, "normalized", "cpu", recompute=policy, dropout=0.1)
+        for policy in get_args(Recompute)
+    }
     kept, ids_of_kept = curves.pop("none")
     assert kept[-5:].mean() < kept[:5].mean()
     for policy, (losses, ids) in curves.items():

@@ -17,11 +17,12 @@ OPERATIONS = (
 
 def interpret(*arguments: str) -> None:
     """Run pytest with the Triton kernels in place of the C++ operations."""
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
     environment = {
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")]),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", "")]),
+        "ADAMAE_TESTED_TRITON": triton.__version__,
     }
     command = [sys.executable, "-m", "pytest", "-p", "tests.kernels.interpreter", "-p", "no:cacheprovider", *arguments]
     result = subprocess.run(

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from adamae_fast import AdaMAE
 from adamae_fast.config import (
+    AttentionConfig,
     DecoderConfig,
     LossConfig,
     MaskConfig,
@@ -12,7 +13,9 @@ from adamae_fast.config import (
     SamplerConfig,
     save_config,
 )
+from adamae_fast.model import block
 from adamae_fast.model.positions import sinusoid_table
+from adamae_fast.ops.attention import attention
 
 TINY = {"size": "nano", "num_frames": 4, "frame_size": 32, "tubelet_size": 2, "patch_size": 8}  # 32 tokens
 
@@ -280,3 +283,48 @@ def test_bf16_autocast_stays_close_to_fp32():
     rounded.loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     torch.testing.assert_close(rounded.loss, exact.loss, rtol=0.02, atol=0)
+
+
+def test_each_part_computes_attention_with_the_back_end_that_was_asked_for(monkeypatch):
+    asked = []
+
+    def record(q, k, v, *, backend):
+        asked.append((q.shape[1], q.shape[3], backend))
+        return attention(q, k, v, backend=backend)
+
+    monkeypatch.setattr(block, "attention", record)
+    model = build(attention=AttentionConfig(encoder="sdpa_flash", sampler="reference", decoder="sdpa"))
+    model(video())
+    # nano: sampler 128 / 8, encoder 128 / 4 with 4 blocks, decoder 64 / 2 with 2 blocks; 8 of 32 tokens are visible
+    assert asked == [(32, 16, "reference"), *[(8, 32, "sdpa_flash")] * 4, *[(32, 32, "sdpa")] * 2]
+    asked.clear()
+    model.eval()(video())
+    assert {backend for *_, backend in asked} == {"auto"}
+
+
+def test_names_the_back_ends_of_training_or_why_one_cannot_run():
+    cpu = torch.device("cpu")
+    model = build(attention=AttentionConfig(sampler="reference"))
+    assert model.attention_backends(cpu, torch.bfloat16) == {
+        "encoder": "sdpa",
+        "sampler": "reference",
+        "decoder": "sdpa",
+    }
+    without_sampler = build(mask={"strategy": "tube"})
+    assert set(without_sampler.attention_backends(cpu, torch.float32)) == {"encoder", "decoder"}
+    with_mlp = build(sampler=SamplerConfig(kind="mlp"))
+    assert set(with_mlp.attention_backends(cpu, torch.float32)) == {"encoder", "decoder"}
+    model = build(attention=AttentionConfig(decoder="sdpa_efficient"))
+    words = (
+        r"model\.attention\.decoder='sdpa_efficient' cannot take 32 tokens of 32 channels a head, torch\.float32, cpu: "
+        r"sdpa_efficient: it takes CUDA tensors, these are on cpu; choose auto"
+    )
+    with pytest.raises(ValueError, match=words):
+        model.attention_backends(cpu, torch.float32)
+
+
+def test_a_model_of_a_forced_back_end_still_draws_pictures_where_that_cannot_run():
+    model = build(attention=AttentionConfig(decoder="flash_attn_3"))
+    assert model.eval()(video()).prediction.isfinite().all()
+    with pytest.raises(ValueError, match=r"flash_attn_3: .*CUDA"):
+        model.train()(video())

@@ -25,6 +25,7 @@ from adamae_fast.ops.registry import registered_names
 from adamae_fast.ops.sample_visible import sample_visible, split_tokens
 from adamae_fast.ops.sampling_loss import sampling_loss
 from adamae_fast.testing import ODD_SHAPES, OPERATION_INPUTS, InputFactory, OpShape, scattered_in_memory
+from tests.ops.conftest import needs_cpp
 
 for module in pkgutil.iter_modules(adamae_fast.ops.__path__):
     importlib.import_module(f"adamae_fast.ops.{module.name}")
@@ -32,9 +33,24 @@ for module in pkgutil.iter_modules(adamae_fast.ops.__path__):
 every_operation = pytest.mark.parametrize("name", registered_names())
 every_gradient = pytest.mark.parametrize("name", [n for n, inputs in OPERATION_INPUTS.items() if inputs.differentiable])
 
+DEVICES = {"reference": "cpu", "cpp": "cpu", "triton": "cuda"}
+
+
+TRITON = pytest.param("triton", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=["reference", pytest.param("cpp", marks=needs_cpp), TRITON])
+def impl(request: pytest.FixtureRequest) -> str:
+    """Every implementation, on the device that it is for."""
+    return request.param
+
+
+def factory(impl: str, shape: OpShape, *, dtype: torch.dtype = torch.float32) -> InputFactory:
+    return InputFactory(shape, dtype=dtype, device=DEVICES[impl])
+
 
 def operation(name: str, impl: str):
-    """The overload that runs the reference, or the one for which the dispatcher prefers C++."""
+    """The overload that runs the reference, or the one for which the dispatcher prefers C++ or, on CUDA, Triton."""
     packet = getattr(torch.ops.adamae_fast, name)
     return packet.reference if impl == "reference" else packet.default
 
@@ -72,7 +88,7 @@ def test_no_operation_escapes() -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "scattered"])
 def test_opcheck(name: str, impl: str, layout: str) -> None:
     inputs = OPERATION_INPUTS[name]
-    for arguments in inputs.make_requiring_grad(InputFactory(OpShape())):
+    for arguments in inputs.make_requiring_grad(factory(impl, OpShape())):
         if layout == "scattered":
             arguments = map_tensors(
                 lambda x: scattered_in_memory(x.detach()).requires_grad_(x.requires_grad), arguments
@@ -83,14 +99,14 @@ def test_opcheck(name: str, impl: str, layout: str) -> None:
 @every_gradient
 def test_gradcheck(name: str, impl: str) -> None:
     small = OpShape(grid=(2, 1, 2), tubelet_size=1, patch_size=2, num_visible=2, width=3)
-    for arguments in OPERATION_INPUTS[name].make_requiring_grad(InputFactory(small, dtype=torch.float64)):
+    for arguments in OPERATION_INPUTS[name].make_requiring_grad(factory(impl, small, dtype=torch.float64)):
         assert gradcheck(operation(name, impl), arguments)
 
 
 @every_gradient
 def test_has_no_second_derivative_and_says_so(name: str, impl: str) -> None:
     inputs = OPERATION_INPUTS[name]
-    arguments = inputs.make_requiring_grad(InputFactory(OpShape()))[0]
+    arguments = inputs.make_requiring_grad(factory(impl, OpShape()))[0]
     output = results(name, impl, arguments)[0]
     weights = torch.ones_like(output).requires_grad_()
     (grad, *_) = torch.autograd.grad(output, arguments[inputs.differentiable[0]], weights, create_graph=True)
@@ -103,7 +119,7 @@ def test_compiles_into_one_graph(name: str, impl: str) -> None:
     inputs = OPERATION_INPUTS[name]
     torch._dynamo.reset()
     compiled = torch.compile(lambda *arguments: operation(name, impl)(*arguments), fullgraph=True, backend="aot_eager")
-    arguments = inputs.make_requiring_grad(InputFactory(OpShape()))[0]
+    arguments = inputs.make_requiring_grad(factory(impl, OpShape()))[0]
     expected, actual = results(name, impl, arguments), inputs.results(compiled, arguments)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     leaves = [arguments[i] for i in inputs.differentiable]
@@ -113,7 +129,7 @@ def test_compiles_into_one_graph(name: str, impl: str) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_public_functions_compile_into_one_graph(dynamic: bool, each_impl: None) -> None:
+def test_public_functions_compile_into_one_graph(dynamic: bool, impl: str, each_impl: None) -> None:
     """Their checks, too, can be traced."""
     shape = OpShape()
     sizes = {"tubelet_size": shape.tubelet_size, "patch_size": shape.patch_size}
@@ -134,9 +150,9 @@ def test_public_functions_compile_into_one_graph(dynamic: bool, each_impl: None)
         constant = patchify(video, **sizes).mean() + targets.mean()
         return error.mean() + sampling_loss(logits, split.masked_ids_BM, error).mean() + constant + head_loss
 
-    factory = InputFactory(shape)
-    video, weight, bias, *_ = OPERATION_INPUTS["embed_tubelets"].make_requiring_grad(factory)[0]
-    inputs = video, weight, bias, factory.seeds(), factory.positions()
+    drawn = factory(impl, shape)
+    video, weight, bias, *_ = OPERATION_INPUTS["embed_tubelets"].make_requiring_grad(drawn)[0]
+    inputs = video, weight, bias, drawn.seeds(), drawn.positions()
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     expected, actual = step(*inputs), compiled(*inputs)
@@ -147,7 +163,7 @@ def test_public_functions_compile_into_one_graph(dynamic: bool, each_impl: None)
 
 @every_operation
 def test_takes_any_strides(name: str, impl: str) -> None:
-    for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape(), dtype=torch.float64)):
+    for arguments in OPERATION_INPUTS[name].make(factory(impl, OpShape(), dtype=torch.float64)):
         scattered = map_tensors(scattered_in_memory, arguments)
         assert not any(x.is_contiguous() for x in tensors(scattered))
         expected, actual = results(name, impl, arguments), results(name, impl, scattered)
@@ -166,7 +182,7 @@ def test_takes_a_tensor_that_is_one_number_many_times(name: str, impl: str) -> N
         return x if x.dtype == torch.int64 else x.flatten()[0].expand(x.shape)
 
     inputs = OPERATION_INPUTS[name]
-    for arguments in inputs.make(InputFactory(OpShape(), dtype=torch.float64)):
+    for arguments in inputs.make(factory(impl, OpShape(), dtype=torch.float64)):
         expanded = [x if i in inputs.written else map_tensors(one_number, x) for i, x in enumerate(arguments)]
         copied = map_tensors(Tensor.contiguous, expanded)
         torch.testing.assert_close(results(name, impl, expanded), results(name, impl, copied))
@@ -175,7 +191,7 @@ def test_takes_a_tensor_that_is_one_number_many_times(name: str, impl: str) -> N
 @every_gradient
 def test_gradient_of_a_sum(name: str, impl: str) -> None:
     inputs = OPERATION_INPUTS[name]
-    for arguments in inputs.make_requiring_grad(InputFactory(OpShape(), dtype=torch.float64)):
+    for arguments in inputs.make_requiring_grad(factory(impl, OpShape(), dtype=torch.float64)):
         leaves = [arguments[i] for i in inputs.differentiable]
         output = results(name, impl, arguments)[0]
         from_sum = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
@@ -184,7 +200,7 @@ def test_gradient_of_a_sum(name: str, impl: str) -> None:
 
 @every_operation
 def test_repeats_bit_by_bit_and_leaves_its_inputs_alone(name: str, impl: str) -> None:
-    for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape())):
+    for arguments in OPERATION_INPUTS[name].make(factory(impl, OpShape())):
         before = map_tensors(Tensor.clone, arguments)
         first, second = (results(name, impl, arguments) for _ in range(2))
         torch.testing.assert_close(first, second, rtol=0, atol=0)
@@ -195,9 +211,9 @@ def test_repeats_bit_by_bit_and_leaves_its_inputs_alone(name: str, impl: str) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_changes_nothing(name: str, impl: str, dtype: torch.dtype) -> None:
     """Which dtype a model computes in is decided where the operation is called, once, and not inside."""
-    for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape(), dtype=dtype)):
+    for arguments in OPERATION_INPUTS[name].make(factory(impl, OpShape(), dtype=dtype)):
         expected = results(name, impl, arguments)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICES[impl], torch.bfloat16):
             torch.testing.assert_close(results(name, impl, arguments), expected, rtol=0, atol=0)
 
 
@@ -205,7 +221,7 @@ def test_autocast_changes_nothing(name: str, impl: str, dtype: torch.dtype) -> N
 def test_reference_never_reads_a_value_back_from_the_device(name: str, impl: str) -> None:
     """Tensors on the meta device have no values: nonzero, a boolean index or .item() would raise."""
     no_kernel_but_the_reference = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
-    for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape())):
+    for arguments in OPERATION_INPUTS[name].make(factory(impl, OpShape())):
         without_values = map_tensors(lambda x: x.to("meta"), arguments)
         run = partial(operation(name, impl).redispatch, no_kernel_but_the_reference)
         actual = OPERATION_INPUTS[name].results(run, without_values)
@@ -219,7 +235,7 @@ def test_implementations_agree_at_odd_shapes(name: str, impl: str) -> None:
     # A loss over no token at all is an error of the public function.
     shapes = [shape for shape in ODD_SHAPES if shape.num_masked or not name.startswith("sampling_loss")]
     for shape in shapes:
-        for arguments in OPERATION_INPUTS[name].make(InputFactory(replace(shape, batch_size=2), dtype=torch.float64)):
+        for arguments in OPERATION_INPUTS[name].make(factory(impl, replace(shape, batch_size=2), dtype=torch.float64)):
             expected, actual = (results(name, x, arguments) for x in ("reference", impl))
             for x, y in zip(actual, expected, strict=True):
                 exact = {} if y.is_floating_point() else {"rtol": 0, "atol": 0}
@@ -231,7 +247,7 @@ def test_implementations_agree_at_odd_shapes(name: str, impl: str) -> None:
 def test_every_element_is_written(name: str, impl: str, dtype: torch.dtype, poisoned_memory: None) -> None:
     """Memory that torch.empty hands out is full of NaN, or of the largest integer, and none of it may stay."""
     assert torch.empty(3).isnan().all()
-    for arguments in OPERATION_INPUTS[name].make(InputFactory(OpShape(), dtype=dtype)):
+    for arguments in OPERATION_INPUTS[name].make(factory(impl, OpShape(), dtype=dtype)):
         for x in results(name, impl, arguments):
             assert x.isfinite().all() if x.is_floating_point() else (x < 2**62).all()
 
@@ -240,7 +256,7 @@ def test_every_element_is_written(name: str, impl: str, dtype: torch.dtype, pois
 def test_the_number_of_threads_changes_no_bit(name: str, impl: str) -> None:
     """The shape is large enough for every parallel loop to be split."""
     shape = OpShape(batch_size=4, grid=(8, 14, 14), patch_size=4, num_visible=78, width=96)
-    arguments = OPERATION_INPUTS[name].make(InputFactory(shape))[0]
+    arguments = OPERATION_INPUTS[name].make(factory(impl, shape))[0]
     if name.startswith(("embed_tubelets", "head_patch_loss")):
         pytest.skip("PyTorch's own matrix product depends on it")
     outputs = []

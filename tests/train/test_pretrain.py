@@ -64,18 +64,25 @@ def run_to_end(recipe: Path, output_dir: Path, *options: str) -> subprocess.Comp
 
 def run_and_signal(recipe: Path, output_dir: Path, after_step: int, number: int, *options: str) -> int:
     """Start a run, send a signal as soon as it has logged ``after_step``, return its exit status."""
+    # The suite may itself have been started with signals ignored, as in a shell's background; the run would inherit it.
     process = subprocess.Popen(
-        command(recipe, output_dir, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        command(recipe, output_dir, *options),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None,
     )
     metrics = RunFolder(output_dir).metrics
     deadline = time.monotonic() + 120
     poll = threading.Event()
-    while process.poll() is None and time.monotonic() < deadline:
-        if any(entry["step"] >= after_step for entry in read_json_lines(metrics)):
-            process.send_signal(number)
-            return process.wait(timeout=60)
-        poll.wait(0.005)
-    process.kill()
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            if any(entry["step"] >= after_step for entry in read_json_lines(metrics)):
+                process.send_signal(number)
+                return process.wait(timeout=60)
+            poll.wait(0.005)
+    finally:
+        process.kill()
     raise AssertionError(f"the run ended with {process.wait()} before it logged step {after_step}")
 
 
@@ -246,6 +253,22 @@ def test_a_checkpoint_may_go_on_as_another_experiment_elsewhere(recipe, uninterr
     summary = pretrain(load_config(recipe, {**overrides, "mask.ratio": 0.25, "train.steps": 15}), Console(quiet=True))
     assert summary["step"] == 15
     assert "mask.ratio was 0.5" in caplog.text
+
+
+def test_another_attention_back_end_continues_a_run_in_its_folder(recipe, uninterrupted, tmp_path, caplog):
+    output_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], output_dir)
+    overrides = {"output_dir": str(output_dir), "train.steps": STEPS + 1, "data.num_workers": 0}
+    config = load_config(recipe, {**overrides, "model.attention.decoder": "reference"})
+    assert pretrain(config, Console(quiet=True))["step"] == STEPS + 1
+    assert "model.attention" not in caplog.text
+
+
+def test_an_attention_back_end_that_cannot_run_stops_the_run_at_once(recipe, tmp_path):
+    overrides = {"output_dir": str(tmp_path / "run"), "model.attention.encoder": "sdpa_cudnn"}
+    with pytest.raises(ValueError, match=r"model\.attention\.encoder='sdpa_cudnn' .*it takes CUDA tensors"):
+        pretrain(load_config(recipe, overrides), Console(quiet=True))
+    assert not RunFolder(tmp_path / "run").config.exists()
 
 
 def test_a_finished_run_only_draws_its_report_again(recipe, uninterrupted, tmp_path):
