@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -270,6 +271,34 @@ def test_a_block_compiles_in_one_piece(policy: Recompute) -> None:
     actual = torch.autograd.grad(compiled(x).square().sum(), leaves)
     torch._dynamo.reset()
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(("policy", "elements"), [*ELEMENTS.items()])
+def test_a_compiled_block_keeps_no_more(policy: Recompute, elements: int) -> None:
+    """Where equal computations are not merged: otherwise the compiler keeps what was to be computed again."""
+    block = Block(32, 2).train()
+    block.recompute = policy
+    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        # The compiler saves a generator's state for attention, which could have dropout.
+        if storage.data_ptr() not in own and tensor.is_floating_point():
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        torch._functorch.config.patch(cse=False, enable_autograd_cache=False),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        result = torch.compile(block, backend="aot_eager_decomp_partition", fullgraph=True)(
+            torch.randn(2, 9, 32, requires_grad=True)
+        )
+    result.sum().backward()
+    torch._dynamo.reset()
+    statistics = 4 * 2 * 9 * (4 + 2)
+    assert sum(kept.values()) <= 4 * 2 * 9 * 32 * elements + statistics
 
 
 @every_device
