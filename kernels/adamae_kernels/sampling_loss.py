@@ -50,16 +50,16 @@ def _kernel(logits, ids, error, loss, gradient, N, M, BLOCK_N: tl.constexpr, BLO
     p_M = tl.where(valid_M, tl.div_rn(tl.exp(logit_M - largest), total), float("nan"))
     # Comparisons, not min and max: those would turn a NaN into a bound.
     clamped_M = tl.where(p_M < _EPS, _EPS, tl.where(p_M > 1 - _EPS, 1 - _EPS, p_M))
-    tl.store(loss + clip, tl.div_rn(-tl.sum(tl.log(clamped_M) * error_M, 0), M.to(tl.float32)))
+    tl.store(loss + clip, tl.div_rn(-tl.sum(tl.log(clamped_M) * error_M, 0), M * 1.0))
 
     is_clamped_M = (p_M < _EPS) | (p_M > 1 - _EPS)
     weight_M = tl.where(is_clamped_M, 0.0, error_M)
     # An invalid id's p is NaN and must reach the whole clip; a valid one adds exactly 0. Divided once, after the sum.
-    sum_w = tl.div_rn(tl.sum(weight_M + tl.where(p_M == p_M, 0.0, float("nan")), 0), M.to(tl.float32))
+    sum_w = tl.div_rn(tl.sum(weight_M + tl.where(p_M == p_M, 0.0, float("nan")), 0), M * 1.0)
     tl.store(gradient + offset_N, tl.div_rn(exp_N, total) * sum_w, mask=in_range_N)
     # Other threads of this program wrote the masked tokens' p · Σw; only after all of them may w be taken off.
     tl.debug_barrier()
-    tl.store(gradient + id_M, p_M * sum_w - tl.div_rn(weight_M, M.to(tl.float32)), mask=in_range_M & valid_M)
+    tl.store(gradient + id_M, p_M * sum_w - tl.div_rn(weight_M, M * 1.0), mask=in_range_M & valid_M)
 
 
 def sampling_loss(logits_BN: Tensor, masked_ids_BM: Tensor, error_BM: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -31,7 +30,6 @@ TABLE = Path(__file__).with_name("resources.csv")
 COLUMNS = ("kernel", "dtype", "arch", "registers", "shared_bytes", "stack_bytes", "triton")
 ARCHITECTURES = (80, 90, 100)
 PAPER = OpShape(batch_size=32, grid=(8, 14, 14), patch_size=16, num_visible=78, width=768)
-DECODER = replace(PAPER, width=384)
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -42,13 +40,13 @@ _POINTERS = {
 }
 
 
-def paper_calls(dtype: torch.dtype) -> dict[str, tuple[object, ...]]:
-    """Arguments of every launcher at the paper's shapes: values in ``dtype``, tables and errors in fp32."""
+def calls(dtype: torch.dtype, shape: OpShape = PAPER, decoder_width: int = 384) -> dict[str, tuple[object, ...]]:
+    """Arguments of every launcher, by default at the paper's shapes: values in ``dtype``, tables and errors in fp32."""
 
     def values(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    s = PAPER
+    s = shape
     b, n, k, m, p = s.batch_size, s.num_tokens, s.num_visible, s.num_masked, s.pixels_per_token
     ids_bk, ids_bm, slots = (values(b, size, dtype=torch.int64) for size in (k, m, n))
     video = values(*s.video_shape, dtype=torch.uint8)
@@ -56,7 +54,7 @@ def paper_calls(dtype: torch.dtype) -> dict[str, tuple[object, ...]]:
     mean_std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     cut = s.tubelet_size, s.patch_size
     loss = values(b, m, p), video, ids_bm, *cut, "normalized", "mse"
-    e = DECODER.width
+    e = decoder_width
     return {
         "patchify": (video, *cut, *mean_std, dtype),
         "sample_visible": (values(b, n), values(b, dtype=torch.int64), k),
@@ -135,7 +133,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[dict[str, str]]:
     """Rows of the table, one for each kernel, dtype and architecture."""
     for dtype in (torch.bfloat16, torch.float32):
-        for operation, arguments in paper_calls(dtype).items():
+        for operation, arguments in calls(dtype).items():
             for kernel, given, settings in record(LAUNCHERS[operation], arguments):
                 for arch in architectures:
                     compiled = compile_for(arch, kernel, given, settings)
