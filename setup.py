@@ -46,22 +46,22 @@ def say(line: str) -> None:
     print(f"adamae-fast: {line}", file=sys.stderr, flush=True)
 
 
-def say_not_built(name: str, why: str) -> None:
-    """Say what is lost, too."""
-    _, what, lost = LIBRARIES[name]
+def leave_out(name: str, why: str) -> None:
+    """Say what is lost, and remove an older library, which would be loaded all the same."""
+    library, what, lost = LIBRARIES[name]
+    for stale in Path("adamae_fast").glob(f"{library}.*so"):
+        stale.unlink()
     say(f"{what} operations are not built ({why}): {lost}")
 
 
 def requested() -> dict[str, str]:
-    """What the environment asks for each library, 1 or auto; one that it refuses is removed and left out."""
+    """What the environment asks for each library, 1 or auto; one that it refuses is left out."""
     wanted = {name: os.environ.get(f"ADAMAE_BUILD_{name}", "auto") for name in LIBRARIES}
     for name, request in wanted.items():
         if request not in ("0", "1", "auto"):
             raise SystemExit(f"ADAMAE_BUILD_{name}={request}: choose 0, 1 or auto")
         if request == "0":
-            for stale in Path("adamae_fast").glob(f"{LIBRARIES[name][0]}.*so"):
-                stale.unlink()
-            say_not_built(name, f"ADAMAE_BUILD_{name}=0")
+            leave_out(name, f"ADAMAE_BUILD_{name}=0")
     return {name: request for name, request in wanted.items() if request != "0"}
 
 
@@ -75,29 +75,29 @@ def build() -> dict[str, object]:
         if "1" in wanted.values():
             raise
         for name in wanted:
-            say_not_built(name, f"torch is not there: {error}; pip install --no-build-isolation")
+            leave_out(name, f"torch is not there: {error}; pip install --no-build-isolation")
         return {}
     if "CUDA" in wanted and not (torch.version.cuda and CUDA_HOME):
         without = "a CUDA toolkit: nvcc or CUDA_HOME" if torch.version.cuda else "a torch that is built for CUDA"
         if wanted.pop("CUDA") == "1":
             raise SystemExit(f"ADAMAE_BUILD_CUDA=1 needs {without}, here is torch {torch.__version__}")
-        say_not_built("CUDA", f"it needs {without}")
+        leave_out("CUDA", f"it needs {without}")
 
     class Build(BuildExtension):
         """Compiles one library after another, or says why not."""
 
         def run(self) -> None:
-            built, compiler = [], self.compiler
+            built, compiler, inplace = [], self.compiler, self.inplace
             for (name, request), extension in zip(wanted.items(), self.extensions, strict=True):
                 say(f"building {LIBRARIES[name][1]} operations with torch {torch.__version__}")
-                self.extensions, self.compiler = [extension], compiler
+                self.extensions, self.compiler, self.inplace = [extension], compiler, inplace
                 try:
                     super().run()
                     built.append(extension)
                 except Exception as error:  # a missing or unfit compiler shows in many ways
                     if request == "1":
                         raise
-                    say_not_built(name, f"{type(error).__name__}: {error}")
+                    leave_out(name, f"{type(error).__name__}: {error}")
             self.extensions = built
 
     files = sorted(str(path) for path in Path("csrc").iterdir())

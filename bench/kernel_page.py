@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import dedent
 
 from bench.conditions import ROOT
-from bench.results import COLUMNS, cells
+from bench.results import COLUMNS, cells, conditions_of
 
 PAGE = ROOT / "docs" / "kernels.md"
 RESULTS = ROOT / "bench" / "results"
@@ -47,12 +47,13 @@ the default takes C++ on the CPU and Triton on CUDA devices, where fp64 goes to 
 
 **Layout.** Tensors are row-major, the last dimension of tokens contiguous; launchers copy what is not. Clips are
 uint8 (B, 3, T, H, W), ids int64 and ascending within a clip. Sums run in fp32 and are rounded once, at the store.
-Nothing uses atomics: results repeat bit by bit.
+No floating-point number
+is added atomically: results repeat bit by bit.
 
 **Bytes** are what an operation must read and write at least, with every tensor touched once; each kernel below says
 how close it comes.
 
-**What has run where.** The CPU figures were measured; the conditions stand below each table. *No kernel has run on a
+**What has run where.** Each section gives what was measured; the conditions stand at the end. *No kernel has run on a
 GPU yet*: Triton's are tested in its interpreter and compiled ahead of time for sm_80, sm_90 and sm_100, the CUDA C++
 is compiled for sm_80 and sm_90 and its block algorithm is run on the host, thread by thread.
 """
@@ -127,23 +128,21 @@ def results() -> list[Path]:
 
 def figures(operations: Iterable[str]) -> Iterator[str]:
     """Measured figures of some operations, one table for each file of results."""
-    has_gpu = False
+    measured = set()
     for path in results():
         rows = [row for row in read(path) if row["operation"] in operations]
         if rows:
-            has_gpu |= bool(rows[0]["driver"])
+            measured.add("GPU" if rows[0]["driver"] else "CPU")
             yield f"Measured on {rows[0]['device']}, {rows[0]['shape']}, {rows[0]['dtype']}:"
             yield markdown_table(COLUMNS, cells(rows))
-    if not has_gpu:
-        yield "On a GPU: not measured."
+    yield from (f"On a {device}: not measured." for device in ("CPU", "GPU") if device not in measured)
 
 
 def conditions() -> Iterator[str]:
     """Under which conditions each file of results was taken."""
     for path in results():
-        row = read(path)[0]
-        named = ("device", "cores", "torch", "cuda", "cudnn", "triton", "driver", "commit", "date", "load", "roof_gb_s")
-        taken = "; ".join(f"{key} {row[key]}" for key in named if row.get(key))
+        # Operations may have been measured at different times.
+        taken = conditions_of(read(path))
         yield f"* [{path.name}](../{path.relative_to(ROOT)}): {taken}."
 
 

@@ -120,12 +120,12 @@ def _embed_inputs(f: InputFactory) -> Inputs:
 
 
 def _gather_inputs(f: InputFactory) -> Inputs:
-    return {**_split(f), "tokens_BND": f.tokens(f.shape.num_tokens), "positions_ND": f.positions()}
+    return {**_split(f), "tokens_BND": f.tokens(f.shape.num_tokens), "positions_ND": f.positions().float()}
 
 
 def _assemble_inputs(f: InputFactory) -> Inputs:
     visible, mask_token = f.tokens(f.shape.num_visible), f.normal(f.shape.width)
-    return {**_split(f), "visible_BKE": visible, "mask_token_E": mask_token, "positions_NE": f.positions()}
+    return {**_split(f), "visible_BKE": visible, "mask_token_E": mask_token, "positions_NE": f.positions().float()}
 
 
 def _target_inputs(f: InputFactory) -> Inputs:
@@ -176,7 +176,7 @@ def _gates(file: str, name: str) -> tuple[tuple[str, ...], ...]:
     return (f"tests/ops/{file}",), ("tests/ops/test_registry.py", "-k", name)
 
 
-CUDA_GATES = (("tests/kernels/test_on_gpu.py",), ("tests/kernels/test_cuda_gpu.py",))
+CUDA_GATES = (("tests/kernels/test_on_gpu.py",),)
 """On a GPU these must pass besides an operation's own: its kernels are tested there for all operations together."""
 
 ENTRIES: Mapping[str, Entry] = {
@@ -208,7 +208,7 @@ ENTRIES: Mapping[str, Entry] = {
         inputs=lambda f: {"logits_BN": f.logits(), "seeds_B": f.seeds(), "num_visible": f.shape.num_visible},
         cuda_dtype=torch.float32,
         check=_check_split,
-        gates=_gates("test_sample_visible.py", "sample_visible"),
+        gates=(*_gates("test_sample_visible.py", "sample_visible"), ("tests/kernels/test_cuda_gpu.py",)),
         forward_bytes=lambda s, e: (
             s.batch_size * (s.num_tokens * (e + 2 * 8) + 8 + 3 * 4)
         ),  # logits, split, seed, statistics
@@ -234,7 +234,7 @@ ENTRIES: Mapping[str, Entry] = {
         gates=_gates("test_gather_tokens.py", "gather_tokens"),
         forward_bytes=lambda s, e: (
             s.batch_size * s.num_visible * (8 + 2 * s.width * e)  # ids, rows read and written
-            + min(s.batch_size * s.num_visible, s.num_tokens) * s.width * e  # positions
+            + min(s.batch_size * s.num_visible, s.num_tokens) * s.width * 4  # positions
         ),
         backward_bytes=lambda s, e: s.batch_size * ((s.num_visible + s.num_tokens) * s.width * e + 8 * s.num_tokens),
         goals=(
@@ -252,7 +252,8 @@ ENTRIES: Mapping[str, Entry] = {
         width=384,
         gates=_gates("test_assemble_decoder.py", "assemble_decoder"),
         forward_bytes=lambda s, e: (
-            (s.batch_size * (s.num_visible + s.num_tokens) + 1 + s.num_tokens) * s.width * e  # rows, token, positions
+            (s.batch_size * (s.num_visible + s.num_tokens) + 1) * s.width * e  # rows and mask token
+            + s.num_tokens * s.width * 4  # positions
             + s.batch_size * s.num_tokens * 8  # ids
         ),
         backward_bytes=lambda s, e: (s.batch_size * (s.num_visible + s.num_tokens) + 1) * s.width * e,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adamae_fast.config import SamplerConfig
 from adamae_fast.model.block import Block, init_linears
+from adamae_fast.ops.registry import without_autocast
 
 NUM_HEADS = 8
 """Whatever the width, as published."""
@@ -67,7 +68,7 @@ def _logits(head: nn.Linear, features_BND: Tensor) -> Tensor:
 
     As a sum of products of two dtypes, which keeps the features as they are; a linear layer would keep fp32 copies.
     """
-    with torch.autocast(features_BND.device.type, enabled=False):
+    with without_autocast(features_BND.device):
         return (features_BND * head.weight[0]).sum(-1) + head.bias
 
 

@@ -12,7 +12,7 @@ import functools
 import importlib
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 
 import torch
@@ -35,6 +35,8 @@ class AttentionProblem:
     num_tokens: int
     head_dim: int
     needs_grad: bool
+    deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
+    """Whether PyTorch was told to use nothing whose runs differ."""
 
     def __str__(self) -> str:
         return f"{self.num_tokens} tokens of {self.head_dim} channels a head, {self.dtype}, {self.device}"

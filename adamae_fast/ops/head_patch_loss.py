@@ -235,7 +235,8 @@ def head_patch_loss(
 
     Raises ValueError if shapes, dtypes or devices disagree, no token is masked, sizes do not divide the clip,
     ``target`` or ``error`` is unknown, a variance is asked of a single value, ``impl`` cannot run here, or, for ids on
-    the CPU, one is out of range. "cpp" never can: the products are PyTorch's, and "auto" compares in C++.
+    the CPU, one is out of range or does not ascend. "cpp" never can: the products are PyTorch's, and "auto" compares
+    in C++.
     """
     check_target(video_BCTHW, masked_ids_BM, tubelet_size, patch_size, target)
     check_error(error)

@@ -209,8 +209,13 @@ def _check_finite(logits_BN: Tensor, split: TokenSplit) -> None:
     entropy_B = split.statistics_B3[:, 2].numpy()
     if not np.isfinite(entropy_B).all():
         logits = logits_BN.detach().float().numpy()
-        clip, token = np.argwhere(~np.isfinite(logits))[0]
+        for clip, token in np.argwhere(~np.isfinite(logits)):
+            raise NonFiniteLogitsError(
+                f"logits of clip {clip} hold {logits[clip, token]} at token {token}; there is no probability to "
+                "draw with: look for what made the network diverge"
+            )
+        clip = int(np.isfinite(entropy_B).argmin())
         raise NonFiniteLogitsError(
-            f"logits of clip {clip} hold {logits[clip, token]} at token {token}; there is no probability to "
-            "draw with: look for what made the network diverge"
+            f"logits of clip {clip} reach from {logits[clip].min():.3g} to {logits[clip].max():.3g}, too far apart for their "
+            "softmax: look for what made the network diverge"
         )

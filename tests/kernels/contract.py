@@ -74,7 +74,11 @@ def calls(name: str, shape: OpShape, dtype: torch.dtype = torch.float32) -> list
 def shapes(name: str) -> list[OpShape]:
     if name in PER_TOKEN:
         return [OpShape(batch_size=1, grid=(2, 3, 2), patch_size=5), ODD_SHAPES[4]]
-    return [OpShape(), *(replace(s, patch_size=3) for s in ODD_SHAPES if s.num_masked or name != "sampling_loss")]
+    odd = [replace(s, patch_size=3) for s in ODD_SHAPES if s.num_masked or name != "sampling_loss"]
+    if name in ("sample_visible", "sampling_loss"):
+        # One number of a clip: plain PyTorch's error, which bounds ours, is luck unless there are many clips.
+        return [replace(s, batch_size=32) for s in (OpShape(), *odd)]
+    return [OpShape(), *odd]
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from adamae_fast.ops import library
 from adamae_fast.ops.sample_visible import sample_visible
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(library.reason_missing_cuda is not None, reason=f"CUDA C++: {library.reason_missing_cuda}"),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -82,6 +82,22 @@ def test_values_and_gradients_are_those_of_linear_and_loss(
             assert_within_budget(x, in_dtype, exactly, largest_term=float(term.detach().abs().max()))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_and_gradients_on_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the products of 16-bit factors come in fp32, and Triton compares."""
+    monkeypatch.setitem(CHUNK_ROWS, "cuda", 20)
+    inputs, *rest = make(SHAPE, dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    truth = with_gradients(formula, exact, *rest, SHAPE, **DEFAULT)
+    on_gpu = [x.detach().cuda().requires_grad_() for x in inputs], *(x.cuda() for x in rest)
+    actual, plain = (with_gradients(f, *on_gpu, SHAPE, **DEFAULT) for f in (fused, unfused))
+    terms = [truth[1], *truth[1:]]
+    for x, in_dtype, exactly, term in zip(actual, plain, truth, terms, strict=True):
+        largest_term = float(term.detach().abs().max())
+        assert_within_budget(x.cpu(), in_dtype.cpu(), exactly, largest_term=largest_term)
+
+
 def test_a_constant_prediction_has_a_closed_form() -> None:
     shape = OpShape(grid=(1, 2, 3))
     video = torch.full(shape.video_shape, 51, dtype=torch.uint8)

@@ -93,6 +93,11 @@ def test_a_logit_that_is_not_finite_is_refused(value: float) -> None:
         sample_visible(logits, torch.arange(3), 4)
 
 
+def test_logits_whose_distance_overflows_are_refused() -> None:
+    with pytest.raises(NonFiniteLogitsError, match=r"logits of clip 1 reach from -3e\+38 to 3e\+38"):
+        sample_visible(torch.tensor([[0.0, 1.0], [3e38, -3e38]]), torch.arange(2), 1)
+
+
 def test_a_clips_draw_depends_on_its_seed_alone() -> None:
     """Not on the batch it is in, nor on its place there."""
     logits, seeds = torch.randn(5, 70, generator=torch.Generator().manual_seed(0)), torch.tensor([3, -1, 2**62, 3, 0])
