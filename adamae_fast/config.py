@@ -91,10 +91,17 @@ class DecoderConfig:
     depth: int | None = None
     """Number of blocks; the size's own default (4 for base) if null. Table 1(c) compares 1, 2, 4 and 8."""
 
+    keep_ratio: float = 1.0
+    """Share of the masked tokens that training decodes and compares, chosen at random for each clip. Below 1 it is
+    another algorithm than the paper's. Cost: losses, the sampler's too, become noisier (on average they are those of
+    all masked tokens, given the errors), and the decoder predicts without looking at the tokens left out. Gain: 1.35
+    times fewer operations in a step of base at 0.5, by calculation, not measured. In eval mode all are decoded."""
+
     def __post_init__(self) -> None:
         _require(
             self.depth is None or self.depth >= 1, "model.decoder.depth", self.depth, "choose at least 1 block, or null"
         )
+        _require(0 < self.keep_ratio <= 1, "model.decoder.keep_ratio", self.keep_ratio, "choose a share in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
