@@ -41,7 +41,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def _build_torch_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.betas, fused=True, capturable=True)
+    on_cuda = groups[0]["params"][0].is_cuda  # where a step can be recorded
+    return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.betas, fused=True, capturable=on_cuda)
 
 
 def layer_scale(name: str, depth: int, layer_decay: float) -> float:
