@@ -40,6 +40,7 @@ AttentionName = Literal[
     "reference",
 ]
 Recompute = Literal["none", "pointwise", "fc1", "block"]
+FusedBy = Literal["torch", "apex"]
 
 
 def _require(condition: bool, key: str, value: object, remedy: str) -> None:
@@ -91,10 +92,17 @@ class DecoderConfig:
     depth: int | None = None
     """Number of blocks; the size's own default (4 for base) if null. Table 1(c) compares 1, 2, 4 and 8."""
 
+    keep_ratio: float = 1.0
+    """Share of the masked tokens that training decodes and compares, chosen at random for each clip. Below 1 it is
+    another algorithm than the paper's. Cost: losses, the sampler's too, become noisier (on average they are those of
+    all masked tokens, given the errors), and the decoder predicts without looking at the tokens left out. Gain: 1.35
+    times fewer operations in a step of base at 0.5, by calculation, not measured. In eval mode all are decoded."""
+
     def __post_init__(self) -> None:
         _require(
             self.depth is None or self.depth >= 1, "model.decoder.depth", self.depth, "choose at least 1 block, or null"
         )
+        _require(0 < self.keep_ratio <= 1, "model.decoder.keep_ratio", self.keep_ratio, "choose a share in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +150,10 @@ class ModelConfig:
 
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """Which implementation computes attention in training; no matter of the weights."""
+
+    layer_norm: FusedBy = "torch"
+    """Whose LayerNorm trains: torch's, or the fused one of NVIDIA apex where it is installed (CUDA only). Weights are
+    the same, results but for rounding. Cost: a package to build; whether there is a gain was not measured."""
 
     def __post_init__(self) -> None:
         for key in ("num_frames", "frame_size", "tubelet_size", "patch_size"):
@@ -273,6 +285,10 @@ class OptimConfig:
     clip_grad_norm: float | None = None
     """Largest allowed 2-norm of all gradients together; null for no clipping."""
 
+    implementation: FusedBy = "torch"
+    """torch's fused AdamW, or the FusedAdam of NVIDIA apex where it is installed (CUDA only). They differ in rounding,
+    and continue each other's checkpoints. Cost: a package to build; whether there is a gain was not measured."""
+
     def __post_init__(self) -> None:
         _require(self.base_lr > 0, "optim.base_lr", self.base_lr, "choose a positive learning rate")
         _require(0 <= self.min_lr <= self.base_lr, "optim.min_lr", self.min_lr, f"choose 0 to base_lr={self.base_lr}")
@@ -315,11 +331,42 @@ class TrainConfig:
     token and channel, pointwise (LayerNorm and GELU) keeps 10, fc1 (the first MLP layer, too) 6, block (attention, too)
     2. Each saves memory and costs time, block most; results are the same but for rounding."""
 
+    compile: bool = False
+    """Compile the transformer blocks with torch.compile. Cost: a C++ compiler or Triton, and a wait before the first
+    step; dropout draws other numbers from the same seed, and rounding differs. Gain: fused elementwise operations, in
+    time and memory; not measured."""
+
+    cuda_graph: bool = False
+    """Record forward, backward, clipping and update as one CUDA graph after three steps and launch it whole from then
+    on. Results are the same. Cost: memory that the graph keeps for itself, about what a step needs. Gain: the host has
+    next to nothing to do in a step, which counts where it was too slow for the GPU; not measured."""
+
     def __post_init__(self) -> None:
         _require(self.epochs > 0, "train.epochs", self.epochs, "choose a positive number")
         _require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "choose at least 1 step, or null")
         _require(self.batch_size >= 1, "train.batch_size", self.batch_size, "choose at least 1 clip")
         _require(self.accumulate >= 1, "train.accumulate", self.accumulate, "choose at least 1")
+        cannot = "train.cuda_graph=true cannot work with it"
+        _require(
+            not self.cuda_graph or self.accumulate == 1,
+            "train.accumulate",
+            self.accumulate,
+            f"{cannot}: one graph is one whole step, update included, of one batch; choose 1 and a larger "
+            "train.batch_size, or train.cuda_graph=false",
+        )
+        _require(
+            not self.cuda_graph or self.precision != "fp16",
+            "train.precision",
+            self.precision,
+            f"{cannot}: the host keeps part of the loss scaler's state, which a graph does not see; choose bf16 or "
+            "fp32, or train.cuda_graph=false",
+        )
+        _require(
+            not self.cuda_graph or self.device != "cpu",
+            "train.device",
+            self.device,
+            f"{cannot}: a CPU has no CUDA graphs; choose cuda, or train.cuda_graph=false",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,6 +454,27 @@ class PretrainConfig:
             "optim.warmup_epochs",
             self.optim.warmup_epochs,
             f"choose fewer than train.epochs={self.train.epochs}",
+        )
+        _require(
+            self.optim.implementation == "torch" or self.train.precision != "fp16",
+            "optim.implementation",
+            self.optim.implementation,
+            "train.precision=fp16 cannot work with it: apex would divide the gradients, from which the loss scale was "
+            "taken for clipping, by it once more; choose torch, or bf16 or fp32",
+        )
+        _require(
+            self.model.layer_norm == "torch" or not self.train.compile,
+            "model.layer_norm",
+            self.model.layer_norm,
+            "train.compile=true cannot work with it: a compiled block has a fused LayerNorm of its own, and the "
+            "compiler cannot look into apex's; choose torch, or train.compile=false",
+        )
+        _require(
+            self.model.layer_norm == "torch" or self.train.recompute == "none",
+            "model.layer_norm",
+            self.model.layer_norm,
+            f"train.recompute={self.train.recompute} cannot work with it: what computes a LayerNorm again calls "
+            "torch's; choose torch, or train.recompute=none",
         )
 
     def without_effect(self) -> list[str]:

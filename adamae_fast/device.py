@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 from adamae_fast.config import Precision
 
@@ -48,6 +49,13 @@ def arithmetic(device: torch.device, precision: Precision) -> AbstractContextMan
 def product_dtype(precision: Precision) -> torch.dtype:
     """Return the dtype in which :func:`arithmetic` lets matrix products run."""
     return _AUTOCAST.get(precision, torch.float32)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return ``tensor`` on ``device``. The host does not wait: a copy from pinned memory can be left alone."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

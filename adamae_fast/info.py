@@ -18,6 +18,7 @@ from rich.table import Table
 from adamae_fast.device import describe_device
 from adamae_fast.ops import library, triton_kernels
 from adamae_fast.ops.attention_backends import BACKENDS, PACKAGES, AttentionProblem, reason_missing
+from adamae_fast.train.apex import missing_parts
 from adamae_fast.version import __version__
 
 
@@ -82,7 +83,7 @@ def _backends() -> list[Backend]:
         _package("transformers", "conversion to and from its VideoMAE folders"),
         _triton(),
         *(_attention(name) for name in PACKAGES),
-        _planned("apex", "fused optimizer", "apex"),
+        _apex(),
         _planned("nvidia.dali", "video decoding on the GPU", "nvidia-dali-cuda130"),
     ]
 
@@ -125,6 +126,14 @@ def _attention(name: str) -> Backend:
     if reasons and not reason_missing(name):
         reasons.insert(0, f"{PACKAGES[name].version()} is installed")
     return Backend(name, "attention", not reasons, "; ".join(reasons) or PACKAGES[name].version())
+
+
+def _apex() -> Backend:
+    """NVIDIA apex, part by part: its optimizer and its LayerNorm are built separately."""
+    parts = ("FusedAdam", "FusedLayerNorm")
+    missing = missing_parts()
+    details = [f"{part} not usable: {missing[part]}" if part in missing else f"{part} usable" for part in parts]
+    return Backend("apex", "fused optimizer and LayerNorm, if asked for", len(missing) < len(parts), "; ".join(details))
 
 
 def _planned(name: str, purpose: str, distribution: str) -> Backend:

@@ -42,6 +42,7 @@ def test_recipes_of_table_5(name, stride, flip):
         ("checkpoint.keep", 1, r"checkpoint\.keep=1"),
         ("optim.warmup_epochs", 1e9, r"optim\.warmup_epochs=1000000000\.0.*train\.epochs"),
         ("train.steps", "ten", "train.steps"),
+        ("model.decoder.keep_ratio", 0.0, r"model\.decoder\.keep_ratio=0\.0.*\(0, 1\]"),
         ("mask.ratoi", 0.9, "mask.ratoi"),
         ("model.attention.decoder", "flash", r"(?s)model\.attention\.decoder.*sdpa_cudnn"),
     ],
@@ -49,6 +50,31 @@ def test_recipes_of_table_5(name, stride, flip):
 def test_bad_values_name_key_and_remedy(key, value, words):
     with pytest.raises(ValueError, match=words):
         load_config(RECIPES[0], {key: value})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"train.cuda_graph": True, "train.accumulate": 2}, r"train\.accumulate=2: .*cuda_graph.* one batch; choose 1"),
+        ({"train.cuda_graph": True, "train.precision": "fp16"}, r"train\.precision='fp16': .*cuda_graph.*loss scaler"),
+        ({"train.cuda_graph": True, "train.device": "cpu"}, r"train\.device='cpu': .*cuda_graph.*choose cuda"),
+        (
+            {"optim.implementation": "apex", "train.precision": "fp16"},
+            r"optim\.implementation='apex': .*fp16.*once more",
+        ),
+        (
+            {"model.layer_norm": "apex", "train.recompute": "fc1"},
+            r"model\.layer_norm='apex': train\.recompute=fc1 .*again",
+        ),
+        (
+            {"model.layer_norm": "apex", "train.compile": True},
+            r"model\.layer_norm='apex': .*train\.compile.*cannot look",
+        ),
+    ],
+)
+def test_what_cannot_work_together_is_refused_with_a_reason(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        load_config(RECIPES[0], overrides)
 
 
 def test_missing_recipe_is_named(tmp_path):

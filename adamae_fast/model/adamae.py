@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from adamae_fast.config import LossConfig, MaskConfig, ModelConfig, Recompute, load_config
 from adamae_fast.grid import TokenGrid
 from adamae_fast.masking import STRATEGIES
+from adamae_fast.masking.protocol import draw_uniform
 from adamae_fast.model.block import Attention, Block
 from adamae_fast.model.decoder import Decoder
 from adamae_fast.model.encoder import Encoder
@@ -35,6 +36,9 @@ from adamae_fast.ops.masked_patch_loss import masked_patch_loss
 from adamae_fast.ops.sample_visible import TokenSplit, check_seeds, split_tokens
 from adamae_fast.ops.sampling_loss import sampling_loss
 from adamae_fast.run_folder import find_weights
+
+_DECODED = 0x243F6A8885A308D3
+"""Changes a clip's seed where the tokens to be decoded are drawn, so that they do not depend on the mask's noise."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class AdaMAEOutput:
     as a whole: the loss is fused with the layer that makes it."""
 
     error: Tensor
-    """(B, M) fp32: error of each masked token, mean over its pixels; a constant in training mode."""
+    """(B, M) fp32: error of each token in ``decoded_ids``, mean over its pixels; a constant in training mode."""
 
     logits: Tensor | None
     """(B, N) of the sampler, whose softmax is the probability map; None for strategies without a sampler."""
@@ -69,6 +73,10 @@ class AdaMAEOutput:
 
     masked_ids: Tensor
     """(B, M) int64, ascending."""
+
+    decoded_ids: Tensor
+    """The masked tokens that were decoded and compared, ascending: all of them, or in training a random share
+    model.decoder.keep_ratio of each clip's."""
 
 
 class AdaMAE(nn.Module):
@@ -101,6 +109,7 @@ class AdaMAE(nn.Module):
             else None
         )
         self.detach_tokens = model.sampler.detach_tokens
+        self.keep_ratio = model.decoder.keep_ratio
         self.encoder = Encoder(size.encoder, model.attention.encoder)
         self.projection = nn.Linear(width, decoder_size.width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(decoder_size.width))
@@ -142,7 +151,9 @@ class AdaMAE(nn.Module):
         Raises ValueError that names the key and each reason if one that ``model.attention`` asks for cannot run there.
         """
         chosen = {}
-        tokens = {"encoder": self.num_visible, "sampler": self.grid.num_tokens, "decoder": self.grid.num_tokens}
+        num_tokens = self.grid.num_tokens
+        num_decoded = self._num_decoded(num_tokens - self.num_visible)
+        tokens = {"encoder": self.num_visible, "sampler": num_tokens, "decoder": self.num_visible + num_decoded}
         for part, num_tokens in tokens.items():
             module = getattr(self, part)  # without attention: the sampler that is an MLP, or none at all
             layer = next((m for m in module.modules() if isinstance(m, Attention)), None) if module else None
@@ -175,7 +186,8 @@ class AdaMAE(nn.Module):
         Args:
             video: uint8 (B, 3, T, H, W).
             visible_ids: forced visible ids (B, K) in any order; drawn by the masking strategy if None.
-            seeds: int64 (B,), what each clip's mask is drawn from; torch's own generator draws them if None.
+            seeds: int64 (B,), what each clip's mask and decoded tokens are drawn from; torch's own generator draws them
+                if None.
 
         Raises ValueError for a video of another shape or dtype, and for ids that are out of range or named twice.
         """
@@ -184,19 +196,23 @@ class AdaMAE(nn.Module):
         logits_BN = None
         if self.sampler is not None:
             logits_BN = self.sampler(tokens_BND.detach() if self.detach_tokens else tokens_BND)
+        if seeds is None:
+            seeds = torch.randint(-(2**63), 2**63 - 1, (video.shape[0],), device=video.device)
+        check_seeds(seeds, video.shape[0], video.device)
         split = self._split(video, logits_BN, visible_ids, seeds)
+        decoded_ids_BM = self._choose_decoded(split.masked_ids_BM, seeds)
 
         visible_BKD = gather_tokens(tokens_BND, split.visible_ids_BK, split.slots_BN, self.positions_ND)
         features_BKE = self.projection(self.encoder(visible_BKD))
         decoder_input_BNE = assemble_decoder(
-            features_BKE, self.mask_token, self.decoder_positions_NE, split.visible_ids_BK, split.masked_ids_BM
+            features_BKE, self.mask_token, self.decoder_positions_NE, split.visible_ids_BK, decoded_ids_BM
         )
-        hidden_BME = self.decoder(decoder_input_BNE, split.masked_ids_BM.shape[1])
-        loss_reconstruction, error_BM, prediction_BMP = self._compare(hidden_BME, video, split.masked_ids_BM)
+        hidden_BME = self.decoder(decoder_input_BNE, decoded_ids_BM.shape[1])
+        loss_reconstruction, error_BM, prediction_BMP = self._compare(hidden_BME, video, decoded_ids_BM)
         loss = loss_reconstruction
         loss_sampling = torch.zeros_like(loss_reconstruction)
         if logits_BN is not None:
-            loss_sampling = sampling_loss(logits_BN, split.masked_ids_BM, error_BM.detach()).mean()
+            loss_sampling = sampling_loss(logits_BN, decoded_ids_BM, error_BM.detach()).mean()
             loss = loss_reconstruction + self.loss_config.sampling_weight * loss_sampling
         return AdaMAEOutput(
             loss=loss,
@@ -208,7 +224,23 @@ class AdaMAE(nn.Module):
             logit_statistics=split.statistics_B3,
             visible_ids=split.visible_ids_BK,
             masked_ids=split.masked_ids_BM,
+            decoded_ids=decoded_ids_BM,
         )
+
+    def _choose_decoded(self, masked_ids_BM: Tensor, seeds_B: Tensor) -> Tensor:
+        """The masked tokens to be decoded: in training a random share of each clip's, at least one.
+
+        Each is as likely to be chosen as any other, so a mean over them has the mean over all as its expectation: the
+        losses need no factor.
+        """
+        num_masked = masked_ids_BM.shape[1]
+        num_decoded = self._num_decoded(num_masked)
+        if not self.training or num_decoded == num_masked:
+            return masked_ids_BM
+        return masked_ids_BM.gather(1, draw_uniform(seeds_B ^ _DECODED, num_masked, num_decoded).visible_ids_BK)
+
+    def _num_decoded(self, num_masked: int) -> int:
+        return max(1, round(self.keep_ratio * num_masked))
 
     def _compare(self, hidden_BME: Tensor, video: Tensor, ids_BM: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Mean error, error of each masked token, and the prediction where it exists."""
@@ -225,9 +257,7 @@ class AdaMAE(nn.Module):
         error_BM = masked_patch_loss(prediction_BMP, video, ids_BM, **settings)
         return error_BM.mean(), error_BM, prediction_BMP
 
-    def _split(
-        self, video: Tensor, logits_BN: Tensor | None, visible_ids: Tensor | None, seeds: Tensor | None
-    ) -> TokenSplit:
+    def _split(self, video: Tensor, logits_BN: Tensor | None, visible_ids: Tensor | None, seeds: Tensor) -> TokenSplit:
         if visible_ids is not None:
             if visible_ids.shape[0] != video.shape[0]:
                 raise ValueError(
@@ -240,9 +270,6 @@ class AdaMAE(nn.Module):
             # On the CPU, where their values can be checked: forced ids are for tests and pictures, not for training.
             split = split_tokens(visible_ids.cpu(), self.grid.num_tokens)
             return TokenSplit(*(ids.to(video.device) for ids in split[:3]))
-        if seeds is None:
-            seeds = torch.randint(-(2**63), 2**63 - 1, (video.shape[0],), device=video.device)
-        check_seeds(seeds, video.shape[0], video.device)
         return self.strategy(self.grid, self.mask_config.ratio, seeds, logits_BN)
 
     def _check_video(self, video: Tensor) -> None:

@@ -5,7 +5,9 @@
 
 Tokens are not shuffled back to their places in the clip; their positions tell the decoder where they belong.
 
-Letters: B clips, N tokens, K visible, M masked, E decoder width.
+M is at most N − K: a decoder may be given a part of the masked tokens alone, and its input then has fewer rows.
+
+Letters: B clips, N tokens, K visible, M masked, R = K + M rows, E decoder width.
 """
 
 from __future__ import annotations
@@ -52,10 +54,10 @@ def _reference(
     return torch.cat([visible, masked], dim=1).to(visible_BKE.dtype)
 
 
-def _backward_reference(grad_BNE: Tensor, num_visible: int, mask_token_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    compute = torch.promote_types(accumulate_dtype(grad_BNE.dtype), mask_token_dtype)
-    grad_visible_BKE = grad_BNE[:, :num_visible].clone(memory_format=torch.contiguous_format)
-    grad_mask_token_E = grad_BNE[:, num_visible:].sum((0, 1), dtype=compute)
+def _backward_reference(grad_BRE: Tensor, num_visible: int, mask_token_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    compute = torch.promote_types(accumulate_dtype(grad_BRE.dtype), mask_token_dtype)
+    grad_visible_BKE = grad_BRE[:, :num_visible].clone(memory_format=torch.contiguous_format)
+    grad_mask_token_E = grad_BRE[:, num_visible:].sum((0, 1), dtype=compute)
     return grad_visible_BKE, grad_mask_token_E.to(mask_token_dtype)
 
 
@@ -66,9 +68,9 @@ def _fake(
     return visible_BKE.new_empty((batch_size, num_visible + masked_ids_BM.shape[1], width))
 
 
-def _backward_fake(grad_BNE: Tensor, num_visible: int, mask_token_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    batch_size, _, width = grad_BNE.shape
-    return grad_BNE.new_empty((batch_size, num_visible, width)), grad_BNE.new_empty((width,), dtype=mask_token_dtype)
+def _backward_fake(grad_BRE: Tensor, num_visible: int, mask_token_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    batch_size, _, width = grad_BRE.shape
+    return grad_BRE.new_empty((batch_size, num_visible, width)), grad_BRE.new_empty((width,), dtype=mask_token_dtype)
 
 
 _assemble_decoder = register(_SCHEMA, reference=_reference, fake=_fake)
@@ -95,8 +97,8 @@ class _AssembleDecoder(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BNE: Tensor) -> tuple[None, Tensor, Tensor, None, None, None]:
-        grad_visible_BKE, grad_mask_token_E = ctx.backward_operation(grad_BNE, ctx.num_visible, ctx.mask_token_dtype)
+    def backward(ctx: Any, grad_BRE: Tensor) -> tuple[None, Tensor, Tensor, None, None, None]:
+        grad_visible_BKE, grad_mask_token_E = ctx.backward_operation(grad_BRE, ctx.num_visible, ctx.mask_token_dtype)
         return None, grad_visible_BKE, grad_mask_token_E, None, None, None
 
 
@@ -112,15 +114,15 @@ def assemble_decoder(
     *,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Return the decoder's input (B, N, E) in ``visible_BKE``'s dtype.
+    """Return the decoder's input (B, K + M, E) in ``visible_BKE``'s dtype.
 
     ``mask_token_E`` and the fixed table ``positions_NE`` may be of another floating dtype (fp32 parameters under
     autocast); ids are int64, as :class:`~adamae_fast.ops.sample_visible.TokenSplit` gives them. Sums run in fp32 (fp64
     for fp64) and are rounded once, the mask token's gradient too. Gradients to ``visible_BKE`` and ``mask_token_E``,
     differentiable once. Deterministic.
 
-    Raises ValueError if shapes, dtypes or devices disagree, K + M is not N, the table requires a gradient, ``impl``
-    cannot run here, or, for ids on the CPU, one is out of range or does not ascend.
+    Raises ValueError if shapes, dtypes or devices disagree, K + M is more than N, the table requires a gradient,
+    ``impl`` cannot run here, or, for ids on the CPU, one is out of range or does not ascend.
     """
     check_floating("visible", visible_BKE, (None, None, None), "BKE")
     batch_size, num_visible, width = visible_BKE.shape
@@ -133,7 +135,13 @@ def assemble_decoder(
         raise ValueError(
             f"visible_ids has {describe(visible_ids_BK)}; pass the ids of the {num_visible} visible tokens of each clip"
         )
-    check_positions(positions_NE, num_visible + masked_ids_BM.shape[1], width, device)
+    check_positions(positions_NE, None, width, device)
+    num_rows = num_visible + masked_ids_BM.shape[1]
+    if num_rows > positions_NE.shape[0]:
+        raise ValueError(
+            f"positions has {describe(positions_NE)}; {num_visible} visible and {masked_ids_BM.shape[1]} masked tokens "
+            f"need a table of at least {num_rows} tokens"
+        )
     operation = choose(_assemble_decoder, impl, device)
     result: Tensor = operation(visible_BKE, mask_token_E, positions_NE, visible_ids_BK, masked_ids_BM)
     return result

@@ -107,8 +107,8 @@ def gather_tokens(
     return result
 
 
-def check_positions(positions_ND: Tensor, num_tokens: int, width: int, device: torch.device) -> None:
-    """Raise ValueError unless ``positions_ND`` is a fixed floating-point (N, D) table on ``device``."""
+def check_positions(positions_ND: Tensor, num_tokens: int | None, width: int, device: torch.device) -> None:
+    """Raise ValueError unless ``positions_ND`` is a fixed floating-point (N, D) table on ``device``; None: any N."""
     check_floating("positions", positions_ND, (num_tokens, width), "ND")
     check_same_device("positions", positions_ND, device)
     if positions_ND.requires_grad:

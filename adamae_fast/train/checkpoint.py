@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from adamae_fast.config import PretrainConfig, load_config, save_config
 from adamae_fast.run_folder import CONFIG_FILE, MODEL_FILE, RunFolder, checkpoint_step
 from adamae_fast.tensor_file import write_tensors_file
+from adamae_fast.train.optim import export_state, import_state
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
@@ -160,20 +161,22 @@ def differences(folder: Path, config: PretrainConfig) -> dict[str, tuple[object,
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {}
+    state = export_state(optimizer)
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in state.get(parameter, {}).items():
             tensors[f"{name}.{key}"] = value.detach().contiguous()
     return tensors
 
 
 def _restore_optimizer(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     parameters = dict(model.named_parameters())
+    state: dict[nn.Parameter, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter_name, _, key = name.rpartition(".")
         if parameter_name not in parameters:
             raise CheckpointError(f"{OPTIMIZER_FILE} holds {name!r}, which this configuration's model does not have")
-        parameter = parameters[parameter_name]
-        optimizer.state[parameter][key] = value.to(parameter.device)
+        state.setdefault(parameters[parameter_name], {})[key] = value
+    import_state(optimizer, state)
 
 
 def _fingerprint(path: Path) -> dict[str, int]:

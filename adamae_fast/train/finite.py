@@ -32,16 +32,19 @@ class FiniteGuard:
         self._names = names
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self._bad_values = torch.zeros(len(names), device=device)
+        self._found_inf = torch.zeros((), device=device)
 
-    def observe(self, step: int, values: Tensor) -> None:
-        """Look at one value per name, a float tensor on the device."""
+    def observe(self, step: Tensor, values: Tensor) -> None:
+        """Look at one value per name, a float tensor on the device; ``step`` is an int64 scalar there."""
         is_first_bad = (self._bad_step < 0) & ~values.isfinite().all()
-        self._bad_step = torch.where(is_first_bad, step, self._bad_step)
-        self._bad_values = torch.where(is_first_bad, values, self._bad_values)
+        # Written in place, which a recorded step does again at each replay.
+        self._bad_step.copy_(torch.where(is_first_bad, step, self._bad_step))
+        self._bad_values.copy_(torch.where(is_first_bad, values, self._bad_values))
+        self._found_inf.copy_(self._bad_step >= 0)
 
     def found_inf(self) -> Tensor:
-        """1.0 once any step was bad, else 0.0; stays on the device."""
-        return (self._bad_step >= 0).float()
+        """1.0 once any step was bad, else 0.0: always the same tensor, on the device."""
+        return self._found_inf
 
     def check(self) -> None:
         """Wait for the device and raise NonFiniteError that names the step and the values, if there was a bad one."""

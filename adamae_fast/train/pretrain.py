@@ -27,19 +27,29 @@ from adamae_fast.train.summary import write_summary
 log = logging.getLogger("adamae_fast")
 
 OTHER_MODEL = ("model.", "mask.strategy")
-"""Keys that decide which weights there are, but for those in HARMLESS."""
+"""Keys that decide which weights there are, but for those that another list names more exactly."""
 
 OTHER_EXPERIMENT = (
     "seed", "mask.", "loss.", "optim.", "train.batch_size", "train.accumulate", "train.precision",
-    "data.stride", "data.crop", "data.random_resized_scale", "data.flip", "data.repeat",
+    "data.stride", "data.crop", "data.random_resized_scale", "data.flip", "data.repeat", "model.decoder.keep_ratio",
 )  # fmt: skip
 """Keys that make what follows another experiment than what came before."""
 
 HARMLESS = (
     "output_dir", "resume", "init_weights", "checkpoint.", "log.", "data.num_workers", "model.attention.",
-    "train.recompute",
+    "train.recompute", "train.cuda_graph",
 )  # fmt: skip
 """Keys that change nothing about the clips, masks and updates to come."""
+
+WORTH_A_WARNING = ("model.layer_norm", "optim.implementation", "train.compile")
+"""Keys that change how numbers are rounded, or which ones dropout draws; so do keys that no list names."""
+
+
+def kind_of_key(key: str) -> tuple[str, ...]:
+    """Return the list whose entry fits ``key`` best: the longest one that it starts with."""
+    kinds = (OTHER_MODEL, OTHER_EXPERIMENT, HARMLESS, WORTH_A_WARNING)
+    fitting = [(len(entry), kind) for kind in kinds for entry in kind if key.startswith(entry)]
+    return max(fitting, default=(0, WORTH_A_WARNING))[1]
 
 
 def pretrain(config: PretrainConfig, console: Console) -> dict[str, object]:
@@ -73,7 +83,9 @@ def pretrain(config: PretrainConfig, console: Console) -> dict[str, object]:
         if stopped_by:
             command = "the same command" if config.resume == "auto" else "the same command with --resume auto"
             console.print(f"stopped by {stopped_by} after step {step}; {command} continues", soft_wrap=True)
-        return write_summary(run, config, stepper.model, entries, step, schedule.total_steps, stopped_by, console)
+        # Pictures are drawn clip by clip, in other shapes than the training's: not worth another compilation.
+        with torch.compiler.set_stance("force_eager"):
+            return write_summary(run, config, stepper.model, entries, step, schedule.total_steps, stopped_by, console)
 
 
 def _print_setting(
@@ -187,11 +199,11 @@ def _refuse_other_run(
 ) -> None:
     """Refuse to continue a checkpoint as another model, or, in its own folder, as another experiment."""
     is_own = checkpoint.is_checkpoint_of(run, folder)
-    refused = OTHER_MODEL + (OTHER_EXPERIMENT if is_own else ())
+    refused = (OTHER_MODEL, OTHER_EXPERIMENT) if is_own else (OTHER_MODEL,)
     for key, (then, now) in changed.items():
-        if key.startswith(refused) and not key.startswith(HARMLESS):
+        if kind_of_key(key) in refused:
             remedy = "choose another output_dir" if is_own else f"keep {key}={then!r} to continue it"
-            if is_own and not key.startswith(OTHER_MODEL):
+            if is_own and kind_of_key(key) is not OTHER_MODEL:
                 remedy += f", with --resume {folder} if it is to go on from there"
             raise ValueError(f"{key}={now!r}, but {folder} was trained with {then!r}; {remedy}")
 
@@ -217,7 +229,7 @@ def _resume(config: PretrainConfig, run: RunFolder, stepper: Stepper, schedule: 
     if state.loss_scale:
         stepper.scaler.load_state_dict(state.loss_scale)
     for key, (then, now) in changed.items():
-        if not key.startswith(HARMLESS):
+        if kind_of_key(key) is not HARMLESS:
             log.warning("%s was %r in %s and is %r now", key, then, folder, now)
     if state.num_videos != num_videos:
         log.warning("%s was written with %d videos, not %d: other clips follow", folder, state.num_videos, num_videos)

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from adamae_fast.config import PretrainConfig
-from adamae_fast.device import arithmetic, product_dtype
+from adamae_fast.device import arithmetic, product_dtype, upload
 from adamae_fast.model.adamae import AdaMAE, AdaMAEOutput
 from adamae_fast.ops.sample_visible import NonFiniteLogitsError
+from adamae_fast.train.apex import use_apex_layer_norm
+from adamae_fast.train.compile import compile_blocks
 from adamae_fast.train.finite import FiniteGuard, NonFiniteError, non_finite
 from adamae_fast.train.optim import build_optimizer, set_learning_rate
+from adamae_fast.train.step_graph import StepGraph
 
 FIGURES = ("loss", "loss_reconstruction", "loss_sampling", "probability_entropy", "probability_max")
 """What a forward pass reports, in this order; averaged over the micro-batches of a step."""
@@ -21,6 +24,11 @@ class Stepper:
     """The model with its optimizer and loss scaler.
 
     Every random number of a step (masks, dropout) follows from (seed, step): a resumed run needs no other state.
+
+    What a step reads and writes stays at its place in memory, so that with ``train.cuda_graph`` the same step can be
+    recorded: then :meth:`accumulate` brings the clips, and :meth:`finish` runs forward, backward and update at once.
+
+    Raises ValueError where the device or the installed packages cannot do what the configuration asks for.
     """
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
@@ -30,46 +38,78 @@ class Stepper:
         self.model = AdaMAE(config.model, config.mask, config.loss).to(device).train()
         self.model.set_recompute(config.train.recompute)
         self.attention_backends = self.model.attention_backends(device, product_dtype(config.train.precision))
+        if config.model.layer_norm == "apex":
+            use_apex_layer_norm(self.model)
+        if config.train.compile:
+            compile_blocks(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
         self.guard = FiniteGuard((*FIGURES, "grad_norm"), device)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._figures = torch.zeros(len(FIGURES), device=device)
-        self._step = self._num_clips = 0
         self._grad_norm = torch.zeros((), device=device)
+        self._step = self._num_clips = 0
+        self._step_on_device = torch.zeros((), dtype=torch.int64, device=device)
+        self.graph: StepGraph | None = None
+        if config.train.cuda_graph:
+            self.graph = StepGraph(self._run_recorded, device)
+            shape_B = (config.train.batch_size,)
+            shape_BCTHW = (*shape_B, *self.model.grid.video_shape)
+            self._video_BCTHW = torch.zeros(shape_BCTHW, dtype=torch.uint8, device=device)
+            self._seeds_B = torch.zeros(shape_B, dtype=torch.int64, device=device)
 
     def begin(self, step: int, learning_rate: float) -> None:
         """Prepare for step ``step``: its learning rate and its own stream of random numbers."""
         set_learning_rate(self.optimizer, learning_rate)
         torch.manual_seed(step_seed(self._config.seed, step))
         self._step, self._num_clips = step, 0
-        self._figures = torch.zeros_like(self._figures)
+        self._figures.zero_()
 
     def accumulate(self, video_BCTHW: Tensor) -> None:
         """Forward and backward of one micro-batch of uint8 clips; gradients add up over ``train.accumulate`` calls."""
-        video_BCTHW = video_BCTHW.to(self.device, non_blocking=True)
-        share = 1 / self._config.train.accumulate
         seeds_B = mask_seeds(self._config.seed, self._step, self._num_clips, video_BCTHW.shape[0])
         self._num_clips += video_BCTHW.shape[0]
-        try:
-            with arithmetic(self.device, self._config.train.precision):
-                output = self.model(video_BCTHW, seeds=seeds_B.to(self.device, non_blocking=True))
-        except NonFiniteLogitsError as error:
-            raise non_finite(self._step, str(error)) from error
-        self.scaler.scale(output.loss * share).backward()
-        self._figures = self._figures + share * describe_output(output)
+        video_BCTHW, seeds_B = upload(video_BCTHW, self.device), upload(seeds_B, self.device)
+        if self.graph is None:
+            self._forward_backward(video_BCTHW, seeds_B)
+        else:
+            assert video_BCTHW.shape == self._video_BCTHW.shape  # copy_ would repeat a single clip
+            self._video_BCTHW.copy_(video_BCTHW)
+            self._seeds_B.copy_(seeds_B)
 
     def finish(self, step: int) -> None:
         """Clip, check, update. From the first non-finite value on, the parameters are left as they are."""
+        self._step_on_device.fill_(step)
+        if self.graph is None:
+            self._update()
+        else:
+            self.graph()
+
+    def _run_recorded(self) -> None:
+        self._forward_backward(self._video_BCTHW, self._seeds_B)
+        self._update()
+
+    def _forward_backward(self, video_BCTHW: Tensor, seeds_B: Tensor) -> None:
+        share = 1 / self._config.train.accumulate
+        try:
+            with arithmetic(self.device, self._config.train.precision):
+                output = self.model(video_BCTHW, seeds=seeds_B)
+        except NonFiniteLogitsError as error:
+            raise non_finite(self._step, str(error)) from error
+        self.scaler.scale(output.loss * share).backward()
+        self._figures.add_(share * describe_output(output))
+
+    def _update(self) -> None:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if self.scaler.is_enabled():
             # Infinite gradients are fp16's normal way to find its scale, and the scaler skips such a step by itself.
             # A loss that is not finite is a fault: a poisoned gradient makes the scaler skip this and all later steps.
-            self.guard.observe(step, torch.cat((self._figures, torch.zeros_like(self._grad_norm)[None])))
+            no_norm = torch.zeros_like(self._grad_norm)
+            self.guard.observe(self._step_on_device, torch.cat((self._figures, no_norm[None])))
             smallest = min(gradients, key=Tensor.numel)
             smallest.add_(torch.where(self.guard.found_inf() > 0, float("inf"), 0.0).to(smallest.dtype))
             self.scaler.unscale_(self.optimizer)
-        self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self._grad_norm.copy_(torch.nn.utils.get_total_norm(gradients))
         limit = self._config.optim.clip_grad_norm
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, self._grad_norm)
@@ -77,7 +117,7 @@ class Stepper:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self.guard.observe(step, torch.cat((self._figures, self._grad_norm[None])))
+            self.guard.observe(self._step_on_device, torch.cat((self._figures, self._grad_norm[None])))
             self.optimizer.found_inf = self.guard.found_inf()  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

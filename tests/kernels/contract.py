@@ -185,6 +185,13 @@ def test_the_mask_tokens_gradient_sums_many_chunks() -> None:
     assert_within_budget(actual, formula, truth, largest_term=float(truth.abs().max()))
 
 
+def test_the_decoders_input_may_hold_a_part_of_the_masked_tokens() -> None:
+    *arguments, masked_ids = calls("assemble_decoder", OpShape())[-1]
+    for part in (masked_ids[:, ::3], masked_ids[:, :1]):
+        (actual,), (expected,) = (f("assemble_decoder", *arguments, part) for f in (kernel, plain))
+        assert torch.equal(actual, expected)
+
+
 def test_a_token_too_large_for_32_bit_sums_is_refused() -> None:
     video, ids = torch.zeros(1, 3, 4, 64, 64, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"a token has 49152 values.*smaller tubelets"):

@@ -69,6 +69,17 @@ def test_value_and_gradients_equal_the_formula(
         torch.testing.assert_close(x, y)
 
 
+def test_a_part_of_the_masked_tokens_makes_fewer_rows() -> None:
+    arguments = make(OpShape(), torch.float64, torch.float64)
+    arguments[4] = arguments[4][:, ::3]
+    output, expected = assemble_decoder(*arguments), formula(*arguments)
+    assert output.shape[1] == 4 + 4
+    assert torch.equal(output, expected)
+    grad = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for x, y in zip(*(torch.autograd.grad(out, arguments[:2], grad) for out in (output, expected)), strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_mask_tokens_gradient_is_summed_in_fp32() -> None:
     """A bf16 sum of 600 ones stops at 256."""
     shape = OpShape(batch_size=1, grid=(601, 1, 1), num_visible=1)
@@ -90,7 +101,7 @@ def test_autograd_keeps_no_tensor() -> None:
         (0, torch.zeros(2, 4), r"visible has shape \(2, 4\)"),
         (1, torch.zeros(5), r"mask_token has shape \(5,\).*E=6"),
         (1, torch.zeros(6, device="meta"), "mask_token is on meta"),
-        (2, torch.zeros(14, 6), r"positions has shape \(14, 6\).*N=15"),
+        (2, torch.zeros(14, 6), r"positions has shape \(14, 6\).*4 visible and 11 masked tokens need .* 15 tokens"),
         (2, torch.zeros(15, 6, requires_grad=True), "positions requires a gradient"),
         (3, torch.zeros(2, 5, dtype=torch.int64), "visible_ids has .* 4 visible tokens"),
         (3, torch.full((2, 4), -1), "visible_ids reaches from -1"),

@@ -9,7 +9,7 @@ from adamae_fast.train.optim import build_optimizer
 def step_with_gradient(guard, layer, optimizer, step, value):
     for parameter in layer.parameters():
         parameter.grad = torch.full_like(parameter, value)
-    guard.observe(step, torch.tensor([1.0, value]))
+    guard.observe(torch.tensor(step), torch.tensor([1.0, value]))
     optimizer.found_inf = guard.found_inf()
     optimizer.step()
 
@@ -35,6 +35,6 @@ def test_a_bad_step_and_all_later_ones_leave_parameters_and_moments_untouched(ba
 def test_good_steps_pass():
     guard = FiniteGuard(("loss",), torch.device("cpu"))
     for step in range(3):
-        guard.observe(step, torch.tensor([float(step)]))
+        guard.observe(torch.tensor(step), torch.tensor([float(step)]))
     guard.check()
     assert guard.found_inf() == 0

@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 from adamae_fast import AdaMAE
 from adamae_fast.config import ModelConfig, OptimConfig
@@ -8,8 +7,7 @@ from adamae_fast.train.optim import build_optimizer, layer_scale, set_learning_r
 
 @pytest.fixture(scope="module")
 def model():
-    with torch.device("meta"):
-        return AdaMAE(ModelConfig(size="nano"))
+    return AdaMAE(ModelConfig(size="nano", num_frames=4, frame_size=64))
 
 
 def by_parameter(optimizer, key):
@@ -30,7 +28,7 @@ def test_betas_and_one_rate_by_default(model):
     optimizer = build_optimizer(model, OptimConfig())
     set_learning_rate(optimizer, 0.25)
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
-    assert {group["lr"] for group in optimizer.param_groups} == {0.25}
+    assert {float(group["lr"]) for group in optimizer.param_groups} == {0.25}
 
 
 def test_layer_decay_shrinks_the_rate_towards_the_input(model):
@@ -44,7 +42,7 @@ def test_layer_decay_shrinks_the_rate_towards_the_input(model):
         expected[part] = rate
     for name, parameter in model.named_parameters():
         wanted = next((rate for part, rate in expected.items() if name.startswith(part)), 2.0)
-        assert rate_of[id(parameter)] == pytest.approx(wanted, rel=1e-12), name
+        assert float(rate_of[id(parameter)]) == pytest.approx(wanted, rel=1e-7), name
 
 
 def test_scales_of_a_vit_b():

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,7 +22,14 @@ from safetensors.torch import load_file
 from adamae_fast import AdaMAE
 from adamae_fast.config import load_config, save_config
 from adamae_fast.run_folder import RunFolder, read_json_lines
-from adamae_fast.train.pretrain import pretrain
+from adamae_fast.train.pretrain import (
+    HARMLESS,
+    OTHER_EXPERIMENT,
+    OTHER_MODEL,
+    WORTH_A_WARNING,
+    kind_of_key,
+    pretrain,
+)
 from adamae_fast.train.step import Stepper
 
 STEPS = 14
@@ -248,6 +256,33 @@ def test_another_experiment_in_the_folder_of_a_run_is_refused(recipe, uninterrup
         with pytest.raises(ValueError, match=words):
             pretrain(load_config(recipe, {"output_dir": str(output_dir), option: value}), Console(quiet=True))
     assert RunFolder(output_dir).config.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        (OTHER_MODEL, ["model.size", "model.decoder.depth", "model.sampler.width", "mask.strategy"]),
+        (OTHER_EXPERIMENT, ["mask.ratio", "optim.base_lr", "train.precision", "model.decoder.keep_ratio"]),
+        (WORTH_A_WARNING, ["train.compile", "optim.implementation", "model.layer_norm", "train.epochs"]),
+        (HARMLESS, ["train.cuda_graph", "data.num_workers", "log.every"]),
+    ],
+    ids=["model", "experiment", "warning", "harmless"],
+)
+def test_what_a_changed_key_means_for_a_checkpoint(kind, keys):
+    assert [kind_of_key(key) for key in keys] == [kind] * len(keys)
+
+
+def test_keys_that_do_not_change_the_experiment_may_change_in_a_runs_folder(recipe, tmp_path, caplog):
+    overrides = {"output_dir": str(tmp_path), "train.steps": 1, "data.num_workers": 0}
+    pretrain(load_config(recipe, overrides), Console(quiet=True))
+    with patch("adamae_fast.train.step.compile_blocks"):
+        summary = pretrain(
+            load_config(recipe, {**overrides, "train.steps": 2, "train.compile": True}), Console(quiet=True)
+        )
+    assert summary["step"] == 2
+    assert "train.compile was False" in caplog.text
+    with pytest.raises(ValueError, match=r"keep_ratio=0\.5, .*choose another output_dir, with --resume"):
+        pretrain(load_config(recipe, {**overrides, "model.decoder.keep_ratio": 0.5}), Console(quiet=True))
 
 
 def test_a_checkpoint_may_go_on_as_another_experiment_elsewhere(recipe, uninterrupted, tmp_path, caplog):

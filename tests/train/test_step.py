@@ -2,7 +2,15 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from adamae_fast.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig, SamplerConfig, TrainConfig
+from adamae_fast.config import (
+    DecoderConfig,
+    MaskConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    SamplerConfig,
+    TrainConfig,
+)
 from adamae_fast.train.finite import NonFiniteError
 from adamae_fast.train.step import FIGURES, Stepper, step_seed
 
@@ -12,11 +20,27 @@ SIZES = {"size": "nano", "num_frames": 4, "frame_size": 32, "tubelet_size": 2, "
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def build(*, optim=None, strategy="adaptive", device="cpu", seed=0, **train):
+def build(
+    *,
+    optim=None,
+    strategy="adaptive",
+    ratio=0.5,
+    device="cpu",
+    seed=0,
+    dropout=0.0,
+    keep_ratio=1.0,
+    layer_norm="torch",
+    **train,
+):
     config = PretrainConfig(
         seed=seed,
-        model=ModelConfig(**SIZES, sampler=SamplerConfig(dropout=0.0)),
-        mask=MaskConfig(ratio=0.5, strategy=strategy),
+        model=ModelConfig(
+            **SIZES,
+            sampler=SamplerConfig(dropout=dropout),
+            decoder=DecoderConfig(keep_ratio=keep_ratio),
+            layer_norm=layer_norm,
+        ),
+        mask=MaskConfig(ratio=ratio, strategy=strategy),
         optim=OptimConfig(**(optim or {})),
         train=TrainConfig(**{"precision": "fp32", **train}),
     )
@@ -107,8 +131,9 @@ def test_low_precision_trains(precision, device):
     assert losses[-1] < 0.95 * losses[0]
 
 
-def test_the_step_never_waits_for_the_device():
-    stepper = build()
+@pytest.mark.parametrize("options", [{}, {"optim": {"clip_grad_norm": 0.1, "layer_decay": 0.9}}, {"keep_ratio": 0.5}])
+def test_the_step_never_waits_for_the_device(options):
+    stepper = build(**options)
     run_step(stepper, clips())
     stepper.begin(1, 1e-3)
     with profile(activities=[ProfilerActivity.CPU]) as trace:
@@ -146,7 +171,7 @@ def test_a_step_on_the_gpu_never_waits_for_it():
     stepper = build(device="cuda")
     run_step(stepper, clips())
     stepper.begin(1, 1e-3)
-    video = clips().pin_memory()
+    video = clips()  # not pinned: the step sees to that
     torch.cuda.set_sync_debug_mode("error")  # any host sync raises
     try:
         stepper.accumulate(video)
