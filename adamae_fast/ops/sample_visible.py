@@ -216,6 +216,6 @@ def _check_finite(logits_BN: Tensor, split: TokenSplit) -> None:
             )
         clip = int(np.isfinite(entropy_B).argmin())
         raise NonFiniteLogitsError(
-            f"logits of clip {clip} reach from {logits[clip].min():.3g} to {logits[clip].max():.3g}, too far apart for their "
-            "softmax: look for what made the network diverge"
+            f"logits of clip {clip} reach from {logits[clip].min():.3g} to {logits[clip].max():.3g}, too far apart for "
+            "their softmax: look for what made the network diverge"
         )
