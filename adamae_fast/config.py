@@ -28,6 +28,7 @@ TargetKind = Literal["normalized", "raw", "mae_st"]
 DecoderName = Literal["auto", "decord", "pyav"]
 CropKind = Literal["multi_scale", "random_resized", "center"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Recompute = Literal["none", "pointwise", "fc1", "block"]
 
 
 def _require(condition: bool, key: str, value: object, remedy: str) -> None:
@@ -276,6 +277,11 @@ class TrainConfig:
 
     precision: Precision = "bf16"
     """Arithmetic of matrix products; parameters and losses stay fp32. fp16 scales the loss."""
+
+    recompute: Recompute = "none"
+    """What the backward computes again instead of keeping it. Of the 16 numbers that a transformer block keeps for each
+    token and channel, pointwise (LayerNorm and GELU) keeps 10, fc1 (the first MLP layer, too) 6, block (attention, too)
+    2. Each saves memory and costs time, block most; results are the same but for rounding."""
 
     def __post_init__(self) -> None:
         _require(self.epochs > 0, "train.epochs", self.epochs, "choose a positive number")

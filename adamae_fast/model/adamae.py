@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adamae_fast.config import LossConfig, MaskConfig, ModelConfig, load_config
+from adamae_fast.config import LossConfig, MaskConfig, ModelConfig, Recompute, load_config
 from adamae_fast.grid import TokenGrid
 from adamae_fast.masking import STRATEGIES
+from adamae_fast.model.block import Block
 from adamae_fast.model.decoder import Decoder
 from adamae_fast.model.encoder import Encoder
 from adamae_fast.model.positions import sinusoid_table
@@ -128,6 +129,18 @@ class AdaMAE(nn.Module):
             raise ValueError(f"{weights_file} is damaged ({error}); use another checkpoint") from error
         except RuntimeError as error:
             raise ValueError(f"{weights_file}: these weights do not fit the configured model: {error}") from error
+
+    def set_recompute(self, policy: Recompute) -> None:
+        """Choose what the backward computes again instead of keeping it; weights and results stay what they are.
+
+        The policies are those of :class:`~adamae_fast.model.block.Block`; a fresh model has "none". Raises ValueError
+        for another name.
+        """
+        if policy not in get_args(Recompute):
+            raise ValueError(f"recompute={policy!r}: choose one of {', '.join(get_args(Recompute))}")
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute = policy
 
     def forward(self, video: Tensor, visible_ids: Tensor | None = None, seeds: Tensor | None = None) -> AdaMAEOutput:
         """Mask, encode, decode and compare.

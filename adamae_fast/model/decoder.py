@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from adamae_fast.model.block import Block, init_linears
+from adamae_fast.model.layers import LayerNorm
 from adamae_fast.model.sizes import TransformerSize
 
 
@@ -17,7 +18,7 @@ class Decoder(nn.Module):
     def __init__(self, size: TransformerSize, pixels_per_token: int) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*(Block(size.width, size.num_heads) for _ in range(size.depth)))
-        self.norm = nn.LayerNorm(size.width, eps=1e-6)
+        self.norm = LayerNorm(size.width, eps=1e-6)
         self.head = nn.Linear(size.width, pixels_per_token)
         init_linears(self)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from adamae_fast.model.block import Block, init_linears
+from adamae_fast.model.layers import LayerNorm
 from adamae_fast.model.sizes import TransformerSize
 
 
@@ -14,7 +15,7 @@ class Encoder(nn.Module):
     def __init__(self, size: TransformerSize) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*(Block(size.width, size.num_heads) for _ in range(size.depth)))
-        self.norm = nn.LayerNorm(size.width, eps=1e-6)
+        self.norm = LayerNorm(size.width, eps=1e-6)
         init_linears(self)
 
     def forward(self, visible_BKD: Tensor) -> Tensor:

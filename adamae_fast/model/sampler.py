@@ -35,7 +35,7 @@ class AttentionSampler(nn.Module):
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
         """Return logits (B, N); their softmax is the paper's P."""
-        x_BND = self.projection(tokens_BND + self.positions)
+        x_BND = self.projection(_with_positions(tokens_BND, self.positions))
         return _logits(self.head, self.blocks(x_BND))
 
 
@@ -54,13 +54,21 @@ class MlpSampler(nn.Module):
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
         """Return logits (B, N)."""
-        return _logits(self.head, self.hidden(tokens_BND + self.positions))
+        return _logits(self.head, self.hidden(_with_positions(tokens_BND, self.positions)))
+
+
+def _with_positions(tokens_BND: Tensor, positions_1ND: Tensor) -> Tensor:
+    """Tokens stay in their dtype: fp32 positions would make the blocks keep fp32 tokens under autocast."""
+    return tokens_BND + positions_1ND.to(tokens_BND.dtype)
 
 
 def _logits(head: nn.Linear, features_BND: Tensor) -> Tensor:
-    """Apply the head in its own dtype, also under autocast: bf16 leaves 8 bits to tell 1568 probabilities apart."""
+    """Apply the head in its own dtype, also under autocast: bf16 leaves 8 bits to tell 1568 probabilities apart.
+
+    As a sum of products of two dtypes, which keeps the features as they are; a linear layer would keep fp32 copies.
+    """
     with torch.autocast(features_BND.device.type, enabled=False):
-        return head(features_BND.to(head.weight.dtype)).squeeze(-1)
+        return (features_BND * head.weight[0]).sum(-1) + head.bias
 
 
 def build_sampler(config: SamplerConfig, num_tokens: int, token_width: int) -> AttentionSampler | MlpSampler:

@@ -35,7 +35,7 @@ OTHER_EXPERIMENT = (
 )  # fmt: skip
 """Keys that make what follows another experiment than what came before."""
 
-HARMLESS = ("output_dir", "resume", "init_weights", "checkpoint.", "log.", "data.num_workers")
+HARMLESS = ("output_dir", "resume", "init_weights", "checkpoint.", "log.", "data.num_workers", "train.recompute")
 """Keys that change nothing about the clips, masks and updates to come."""
 
 

@@ -28,6 +28,7 @@ class Stepper:
         self.device = device
         torch.manual_seed(config.seed)
         self.model = AdaMAE(config.model, config.mask, config.loss).to(device).train()
+        self.model.set_recompute(config.train.recompute)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
         self.guard = FiniteGuard((*FIGURES, "grad_norm"), device)
