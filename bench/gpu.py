@@ -1,8 +1,8 @@
 """All measurements of one machine in one go, resumed where they were cut off: ``make gpu``, ``make gpu-rehearsal``.
 
 An ordered list of steps, each a command of its own. A step that ended well for this commit is not run again, so the
-same call goes on where a machine was taken away. It needs torch, Triton, pytest and what this package imports without the command
-line's library; no package registry, no installation beyond ``setup.py build_ext --inplace``.
+same call goes on where a machine was taken away. It needs torch, Triton, pytest and what this package imports without
+the command line's library; no package registry, no installation beyond ``setup.py build_ext --inplace``.
 """
 
 from __future__ import annotations
