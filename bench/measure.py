@@ -19,7 +19,7 @@ from torch._inductor import config as inductor_config
 from adamae_fast.ops.registry import Impl
 from adamae_fast.testing import InputFactory, OpShape
 from bench.conditions import ROOT
-from bench.memory import peak_extra_bytes
+from bench.peak import peak_extra_bytes
 from bench.registry import CUDA_GATES, Entry, Inputs, Mode, Outputs
 from bench.timing import Plan, Timing, time_in_turns
 

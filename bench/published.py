@@ -46,14 +46,15 @@ def embed_tubelets(
     return F.conv3d(normalized, weight_DCthw, bias_D, stride=weight_DCthw.shape[2:]).flatten(2).transpose(1, 2)
 
 
-def _boolean_mask(visible_ids_BK: Tensor, num_tokens: int) -> Tensor:
+def boolean_mask(visible_ids_BK: Tensor, num_tokens: int) -> Tensor:
+    """True where a token is masked."""
     ones = torch.ones((visible_ids_BK.shape[0], num_tokens), device=visible_ids_BK.device)
     return ones.scatter_(-1, visible_ids_BK, 0.0).to(torch.bool)
 
 
 def split_tokens(visible_ids_BK: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """A mask of ones with zeros scattered into it; boolean indexing brings ids into ascending order."""
-    mask_BN = _boolean_mask(visible_ids_BK, num_tokens)
+    mask_BN = boolean_mask(visible_ids_BK, num_tokens)
     ids_BN = torch.arange(num_tokens, device=mask_BN.device).expand(mask_BN.shape[0], -1)
     return ids_BN[~mask_BN].reshape(len(mask_BN), -1), ids_BN[mask_BN].reshape(len(mask_BN), -1)
 
@@ -80,6 +81,17 @@ def assemble_decoder(visible_BKE: Tensor, mask_token_E: Tensor, positions_NE: Te
     return torch.cat([visible_BKE + visible_positions_BKE, mask_token_E + masked_positions_BME], dim=1)
 
 
+def all_patch_targets(
+    normalized_BCTHW: Tensor, mean_C111: Tensor, std_C111: Tensor, tubelet_size: int, patch_size: int
+) -> Tensor:
+    """Undo the normalisation of the whole clip, then normalise every token."""
+    pixels_BCTHW = normalized_BCTHW * std_C111 + mean_C111
+    tokens_BNSC = _cut(pixels_BCTHW, tubelet_size, patch_size).movedim(4, -1).flatten(4, 6).flatten(1, 3)
+    mean_BN1C = tokens_BNSC.mean(dim=2, keepdim=True)
+    deviation_BN1C = tokens_BNSC.var(dim=2, unbiased=True, keepdim=True).sqrt() + 1e-6
+    return ((tokens_BNSC - mean_BN1C) / deviation_BN1C).flatten(2)
+
+
 @torch.no_grad()
 def patch_targets(
     normalized_BCTHW: Tensor,
@@ -89,12 +101,8 @@ def patch_targets(
     tubelet_size: int,
     patch_size: int,
 ) -> Tensor:
-    """Undo the normalisation of the whole clip, normalise every token, then take the masked ones."""
-    pixels_BCTHW = normalized_BCTHW * std_C111 + mean_C111
-    tokens_BNSC = _cut(pixels_BCTHW, tubelet_size, patch_size).movedim(4, -1).flatten(4, 6).flatten(1, 3)
-    mean_BN1C = tokens_BNSC.mean(dim=2, keepdim=True)
-    deviation_BN1C = tokens_BNSC.var(dim=2, unbiased=True, keepdim=True).sqrt() + 1e-6
-    labels_BNP = ((tokens_BNSC - mean_BN1C) / deviation_BN1C).flatten(2)
+    """Labels of all tokens, of which the masked ones are taken."""
+    labels_BNP = all_patch_targets(normalized_BCTHW, mean_C111, std_C111, tubelet_size, patch_size)
     return labels_BNP[mask_BN].reshape(len(mask_BN), -1, labels_BNP.shape[2])
 
 

@@ -21,12 +21,12 @@ from functools import partial
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adamae_fast.config import MaskConfig, ModelConfig, Precision, Recompute
 from adamae_fast.device import arithmetic
 from adamae_fast.model.adamae import AdaMAE
-from bench.memory import peak_extra_bytes
+from bench.peak import peak_extra_bytes
 
 PARTS = ("tokenizer", "sampler", "encoder", "decoder")
 """A part reaches to the start of the next: the sampler's holds the split, the decoder's the loss."""
@@ -70,7 +70,7 @@ def _is_cast_of_parameter(x: Tensor, parameters: set[int]) -> bool:
     return False
 
 
-def saved_bytes(model: AdaMAE, call: Callable[[], Tensor]) -> Counter[str]:
+def saved_bytes(model: nn.Module, call: Callable[[], object]) -> Counter[str]:
     """Bytes that autograd saves in ``call``, a forward pass of ``model``, by part; casts of parameters on their own."""
     own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     parameters = {id(p) for p in model.parameters()}
@@ -88,7 +88,7 @@ def saved_bytes(model: AdaMAE, call: Callable[[], Tensor]) -> Counter[str]:
             kept.setdefault(storage.data_ptr(), (key, storage.nbytes()))
         return x
 
-    modules = [(name, getattr(model, name)) for name in PARTS]
+    modules = [(name, getattr(model, name, None)) for name in PARTS]
     handles = [m.register_forward_pre_hook(partial(enter, name)) for name, m in modules if m is not None]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):

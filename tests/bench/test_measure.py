@@ -11,7 +11,7 @@ import torch
 from adamae_fast.ops.registry import registered_names
 from adamae_fast.testing import InputFactory, OpShape
 from bench import measure, registry, results, run
-from bench.memory import peak_extra_bytes
+from bench.peak import peak_extra_bytes
 from bench.registry import ENTRIES, STEPS, Goal
 from bench.timing import QUICK, Plan, copy_roof, summarize, time_in_turns
 
