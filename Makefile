@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint sanitize test-triton-3.6 clean
+.PHONY: demo test lint sanitize test-triton-3.6 gpu gpu-rehearsal clean
 
 demo: $(INSTALLED) ## render videos, pre-train on them, write runs/demo/report.html
 	test -d runs/demo-videos || $(BIN)/adamae-fast data synth runs/demo-videos
@@ -43,6 +43,15 @@ test-triton-3.6: $(INSTALLED) ## compile and interpret the kernels with Triton 3
 	PYTHONPATH=$(OLD_TRITON_PATH) $(BIN)/python -c 'import pytest, sys, triton; \
 	    triton.__version__ == "$(OLD_TRITON)" or sys.exit("imported " + triton.__file__); \
 	    sys.exit(pytest.main(["tests/kernels/test_compiled.py", "tests/kernels/test_interpreted.py"]))'
+
+# On a GPU machine as it is: no .venv and no package registry, so $(PYTHON) must have torch, Triton and pytest. Cut off,
+# the same call goes on where it was. GPU_FLAGS: --out FOLDER, --published PATH, --commit HASH, --budget SECONDS.
+gpu: ## every measurement on this machine's GPU within nine minutes
+	$(PYTHON) -m bench.gpu $(GPU_FLAGS)
+
+gpu-rehearsal: $(INSTALLED) ## the same script on the CPU with tiny shapes
+	rm -rf build/rehearsal
+	$(BIN)/python -m bench.gpu --rehearsal --out build/rehearsal $(GPU_FLAGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

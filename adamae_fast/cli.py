@@ -108,6 +108,30 @@ def _convert(parser: ArgumentParser, arguments: Namespace) -> int:
     return 0
 
 
+def _bench_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("name", type=str, help="step, memory, throughput, profile, report, run or gpu.")
+    parser.add_argument("arguments", type=str, nargs="*", help="Its own; adamae-fast bench NAME --help lists them.")
+
+
+def _bench(parser: ArgumentParser, arguments: Namespace) -> int:
+    return _run_bench(arguments.name, arguments.arguments)
+
+
+def _run_bench(name: str, arguments: Sequence[str]) -> int:
+    """Run ``python -m bench.NAME``: measurements belong to a checkout, not to an installed package."""
+    import subprocess
+    from pathlib import Path
+
+    root = Path(__file__).parents[1]
+    if not (root / "bench" / "run.py").is_file():
+        raise ValueError(f"bench {name}: measurements run in a checkout of the project; {root} is an installation")
+    if not name.isidentifier() or not (root / "bench" / f"{name}.py").is_file():
+        raise ValueError(f"bench {name}: no such measurement; choose step, memory, throughput, profile, report, run, gpu")
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", f"bench.{name}", *arguments]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+
+
 COMMANDS = {
     "info": Command("What is available on this machine, and why not.", _info_arguments, _info),
     "data synth": Command("Render a small labelled set of videos with known motion.", _synth_arguments, _synth),
@@ -115,6 +139,7 @@ COMMANDS = {
     "pretrain": Command("Pre-train with adaptive, random, tube or frame masking.", add_pretrain_arguments, _pretrain),
     "visualize": Command("Draw what a checkpoint sees, masks and predicts.", _visualize_arguments, _visualize),
     "convert": Command("Convert from and to published AdaMAE, VideoMAE, transformers.", _convert_arguments, _convert),
+    "bench": Command("Measure time and memory, in a checkout: adamae-fast bench step.", _bench_arguments, _bench),
 }
 
 
@@ -138,6 +163,8 @@ def _run(name: str, arguments: list[str]) -> int:
     command = COMMANDS[name]
     parser = ArgumentParser(prog=f"adamae-fast {name}", description=command.summary, exit_on_error=False)
     try:
+        if name == "bench" and arguments and not arguments[0].startswith("-"):
+            return _run_bench(arguments[0], arguments[1:])  # options that follow are the measurement's
         command.add_arguments(parser)
         return command.run(parser, parser.parse_args(arguments))
     except (ArgumentError, ValueError, OSError, RunStoppedError) as error:

@@ -215,11 +215,11 @@ class OurArm(Arm):
 
     def __init__(self, name: str, setting: Setting, stepper: Stepper, config: PretrainConfig) -> None:
         super().__init__(name, setting, config.train.precision)
-        self.model, self._stepper, self._config = stepper.model, stepper, config
+        self.model, self.stepper, self._config = stepper.model, stepper, config
         self._number = 0
 
     def _choose(self) -> AdaMAE:
-        model = self._stepper.model
+        model = self.stepper.model
         if hasattr(model, "set_recompute"):
             model.set_recompute(self._config.train.recompute)
         return model
@@ -227,9 +227,9 @@ class OurArm(Arm):
     def step(self) -> None:
         """Begin, forward and backward, finish: what ``adamae-fast pretrain`` runs."""
         self._choose()
-        self._stepper.begin(self._number, LEARNING_RATE)
-        self._stepper.accumulate(self.video)
-        self._stepper.finish(self._number)
+        self.stepper.begin(self._number, LEARNING_RATE)
+        self.stepper.accumulate(self.video)
+        self.stepper.finish(self._number)
         self._number += 1
 
     def keep(self) -> object:

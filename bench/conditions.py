@@ -24,14 +24,21 @@ def collect(device: torch.device) -> dict[str, str]:
         "cudnn": str(torch.backends.cudnn.version() or "") if device.type == "cuda" else "",
         "triton": _version("triton"),
         "driver": _driver() if device.type == "cuda" else "",
-        # A machine that gets a copy of the tree is told which commit it is.
-        "commit": os.environ.get("ADAMAE_COMMIT") or _git("rev-parse", "--short", "HEAD"),
-        "dirty": {"": "no", "unknown": "unknown"}.get(
-            _git("status", "--porcelain", "--", ".", ":!bench/results"), "yes"
-        ),
+        "nvdec": nvdec() if device.type == "cuda" else "",
+        **version(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "load": f"{os.getloadavg()[0]:.1f}",
     }
+
+
+def version() -> dict[str, str]:
+    """Commit, and whether the tree differs from it; a tree without git is told its commit in ADAMAE_COMMIT."""
+    if told := os.environ.get("ADAMAE_COMMIT"):
+        return {"commit": told, "dirty": "not told"}
+    commit = _git("rev-parse", "--short", "HEAD")
+    if not commit:
+        return {"commit": "not told", "dirty": "not told"}
+    return {"commit": commit, "dirty": "yes" if _git("status", "--porcelain", "--", ".", ":!bench/results") else "no"}
 
 
 def device_name(device: torch.device) -> str:
@@ -40,6 +47,16 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return found.group(1) if found else "cpu"
+
+
+def nvdec() -> str:
+    """Whether the driver's video decoder can be loaded, by the dynamic linker's own list."""
+    try:
+        listed = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "not told"
+    found = [line.split("=>")[1].strip() for line in listed.splitlines() if "nvcuvid" in line and "=>" in line]
+    return found[0] if found else "no libnvcuvid"
 
 
 def slug(conditions: dict[str, str]) -> str:
@@ -61,8 +78,8 @@ def _driver() -> str:
 
 
 def _git(*arguments: str) -> str:
-    """What git says; "unknown" in a copy of the tree without its history."""
+    """What git says; nothing where there is no repository."""
     try:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return ""

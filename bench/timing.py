@@ -144,7 +144,11 @@ def time_in_turns(calls: dict[str, Call], device: torch.device, plan: Plan) -> d
 
     On a GPU, a side stream must be current: graphs are not captured on the default one.
     """
-    runners = {arm: make_runner(call, device, plan.warm_up) for arm, call in calls.items()}
+    return run_in_turns({arm: make_runner(call, device, plan.warm_up) for arm, call in calls.items()}, plan)
+
+
+def run_in_turns(runners: dict[str, Runner], plan: Plan) -> dict[str, Timing]:
+    """Time runners that are warm: rounds in which each gets a block of repetitions."""
     seconds: dict[str, list[float]] = {arm: [] for arm in runners}
     for _ in range(plan.rounds):
         for arm, runner in runners.items():

@@ -1,0 +1,91 @@
+"""What the whole-step commands share: their options, their settings, their result file and their last line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from adamae_fast.config import MaskConfig, ModelConfig
+from adamae_fast.device import pick_device
+from bench import conditions
+from bench.arms import Setting
+from bench.checkout import Checkout
+
+RESULTS = conditions.ROOT / "bench" / "results"
+
+TINY = (ModelConfig(size="nano", frame_size=48), MaskConfig(ratio=0.8))
+"""For ``--quick``: seconds on any machine, and the 16 frames that the published code takes."""
+
+BATCH = {"cpu": 2, "cuda": 32}
+"""Clips of a step where ``--batch`` gives none."""
+
+Say = Callable[[str], None]
+"""Hears what is being done."""
+
+
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Options of every command."""
+    options = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    options.add_argument("--quick", action="store_true", help="tiny shapes, few repetitions; writes no file of its own")
+    options.add_argument("--out", type=Path, help="folder of the result file (default: bench/results)")
+    options.add_argument("--published", type=Path, metavar="PATH", help="a checkout of the published code")
+    return options
+
+
+def setting_of(options: argparse.Namespace, batch_size: int | None = None) -> Setting:
+    """The paper's model, or a tiny one with ``--quick``. Raises ValueError for a device that is not there."""
+    device = pick_device(options.device, key="--device")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    model, mask = TINY if options.quick else (ModelConfig(), MaskConfig())
+    return Setting(model=model, mask=mask, batch_size=batch_size or BATCH[device.type], device=device)
+
+
+def checkout_of(options: argparse.Namespace) -> Checkout | None:
+    """The published code, where the user gives it. Raises ValueError where the folder is something else."""
+    return Checkout.open(options.published) if options.published else None
+
+
+@contextmanager
+def progress(num_parts: int) -> Iterator[tuple[Say, Callable[[], None]]]:
+    """A bar on stderr: say what is being done, advance by a part. Without a terminal: a line for each thing."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda what: print(what, file=sys.stderr, flush=True), lambda: None
+        return
+    with Progress(console=console) as bar:
+        task = bar.add_task("", total=num_parts)
+        yield lambda what: bar.update(task, description=what), lambda: bar.advance(task)
+
+
+def finish(name: str, result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write the result file, unless the run was a quick one without ``--out``; print the line that ends a command."""
+    result = {"command": name, "quick": options.quick, **result}
+    out = options.out or (None if options.quick else RESULTS)
+    if out is not None:
+        path = out / f"{name}_{conditions.slug(result['conditions'])}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        print(f"written: {path}")
+    if float(result["conditions"]["load"]) > 1:
+        print(f"warning: the load average was {result['conditions']['load']} at the start; other work disturbs figures")
+    print(json.dumps(result, separators=(",", ":"), ensure_ascii=False))
+
+
+def run(main: Callable[[list[str] | None], int]) -> None:
+    """Run a command; a user's error is one line and status 2."""
+    try:
+        sys.exit(main(None))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

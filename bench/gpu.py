@@ -1,0 +1,146 @@
+"""All measurements of one machine in one go, cut off and resumed as need be: ``make gpu``, rehearsed by ``make gpu-rehearsal``.
+
+An ordered list of steps, each a command of its own. A step that ended well for this commit is not run again, so the
+same call goes on where a lease ended. It needs torch, Triton, pytest and what this package imports without the command
+line's library; no package registry, no installation beyond ``setup.py build_ext --inplace``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import conditions
+
+STATE = "gpu.json"
+
+MAX_FILES = 8
+"""Of the output folder, the state among them."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command."""
+
+    name: str
+    command: tuple[str, ...]
+    """After the interpreter."""
+    share: int
+    """Seconds it is expected to take at most; where less is left, it is not begun."""
+    allowed: tuple[int, ...] = (0,)
+    """Exit statuses after which the step counts as done: 1 of a bench means that some arm was refused, and says which."""
+
+
+def steps(out: Path, *, rehearsal: bool, published: str | None) -> list[Step]:
+    """What is run, the figures that matter most first."""
+    common = ["--out", str(out), "--device", "cpu" if rehearsal else "cuda", *(["--quick"] if rehearsal else [])]
+    baseline = ["--published", published] if published else []
+    tests = ["tests/kernels/test_on_gpu.py", "tests/kernels/test_cuda_gpu.py", "tests/ops", "tests/train/test_step.py"]
+    kernels = ["--operation", "sample_visible", "gather_tokens"] if rehearsal else []
+
+    def bench(name: str, *arguments: str) -> tuple[str, ...]:
+        return ("-m", f"bench.{name}", *common, *arguments)
+
+    report = ("--results", str(out), *(["--page", str(out / "page" / "results.md")] if rehearsal else []))
+    return [
+        Step("build", ("setup.py", "--quiet", "build_ext", "--inplace"), 120),
+        # In a rehearsal without a GPU they are collected and skipped: 0, or 5 where nothing was left.
+        Step("tests", ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *tests), 120, (0, 5)),
+        Step("step", bench("step", *baseline), 150, (0, 1)),
+        Step("memory", bench("memory", *baseline), 150),
+        Step("kernels", bench("run", *kernels), 150, (0, 1)),
+        Step("throughput", bench("throughput"), 90),
+        Step("profile", bench("profile"), 30),
+        Step("report", ("-m", "bench.report", *report), 20),
+    ]
+
+
+def read_state(path: Path, commit: str) -> dict[str, Any]:
+    """What is done for this commit; nothing where the file is of another one."""
+    if path.is_file():
+        state = json.loads(path.read_text())
+        if state.get("commit") == commit:
+            return dict(state)
+    return {"command": "gpu", "commit": commit, "nvdec": conditions.nvdec(), "done": {}, "failed": {}}
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Whole or not at all: a lease can end in any line."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(state, indent=1) + "\n")
+    part.replace(path)
+
+
+def run_all(todo: list[Step], out: Path, budget: float, commit: str) -> dict[str, Any]:
+    """Run what is not done yet, within ``budget`` seconds; return the state, which is also on disk after each step."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / STATE
+    state = read_state(path, commit)
+    write_state(path, state)
+    start = time.monotonic()
+    environment = {**os.environ, "ADAMAE_COMMIT": commit, "PYTHONUNBUFFERED": "1"}
+    for step in todo:
+        left = budget - (time.monotonic() - start)
+        # A report costs nothing and is wanted anew whenever a figure was added.
+        if step.name in state["done"] and step.name != "report":
+            print(f"-- {step.name}: done before", flush=True)
+            continue
+        if left < step.share / 2:
+            state["failed"][step.name] = f"not begun: {left:.0f} s were left"
+            print(f"-- {step.name}: {state['failed'][step.name]}; call again to go on", flush=True)
+            continue
+        print(f"-- {step.name}: {left:.0f} s are left", flush=True)
+        begun = time.monotonic()
+        try:
+            # Twice the share, so that one step that hangs leaves time for the others.
+            limit = min(left, 2 * step.share)
+            status = subprocess.run(
+                [sys.executable, *step.command], cwd=conditions.ROOT, env=environment, timeout=limit, check=False
+            ).returncode
+            problem = None if status in step.allowed else f"exit status {status}"
+        except subprocess.TimeoutExpired:
+            problem = f"cut off after {limit:.0f} s"
+        seconds = round(time.monotonic() - begun, 1)
+        if problem is None:
+            state["done"][step.name] = {"seconds": seconds, "status": status}
+            state["failed"].pop(step.name, None)
+        else:
+            state["failed"][step.name] = problem
+            print(f"-- {step.name}: {problem}", flush=True)
+        write_state(path, state)
+        if problem and step.name == "build":
+            break  # nothing after it would measure this commit
+    return state
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the list; return 1 while something is left or failed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--rehearsal", "--quick", action="store_true", help="the same on the CPU with tiny shapes")
+    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--published", metavar="PATH", help="a checkout of the published code")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds")
+    parser.add_argument("--commit", help="where there is no git: what is being measured")
+    options = parser.parse_args(arguments)
+    default = conditions.ROOT / ("build/rehearsal" if options.rehearsal else "bench/results")
+    out = (options.out or default).resolve()
+    commit = options.commit or conditions.version()["commit"]
+    published = str(Path(options.published).resolve()) if options.published else None
+    todo = steps(out, rehearsal=options.rehearsal, published=published)
+    state = run_all(todo, out, options.budget, commit)
+    files = sorted(path.name for path in out.iterdir() if path.is_file())
+    if len(files) > MAX_FILES and not options.rehearsal and options.out:
+        print(f"warning: {len(files)} files in {out}; more than {MAX_FILES} may not come back from a rented machine")
+    print(json.dumps({**state, "files": files}, separators=(",", ":")))
+    return 1 if state["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

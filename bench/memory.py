@@ -1,0 +1,253 @@
+"""The memory column of the paper's Table 1, ours beside the published code: ``python -m bench.memory``.
+
+On a GPU: the allocated peak of a step at batch 16, as the paper's, and the largest batch that fits. Without one: bytes
+kept for the backward, counted by saved-tensor hooks on the CPU in fp32 and predicted from the configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from adamae_fast.config import DecoderConfig, MaskConfig, ModelConfig, Recompute, SamplerConfig
+from bench import arms, command, conditions, predict
+from bench.arms import Arm, Setting
+from bench.checkout import Checkout
+from bench.saved import CASTS, saved_bytes
+from bench.step import memory_on_gpu
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the paper's table."""
+
+    part: str
+    name: str
+    paper_gib: float
+    """What the paper reports for 16 clips on one GPU."""
+    model: ModelConfig = ModelConfig()
+    mask: MaskConfig = MaskConfig()
+
+
+def _mask(strategy: Any, ratio: float) -> MaskConfig:
+    return MaskConfig(strategy=strategy, ratio=ratio)
+
+
+def _depth(depth: int) -> ModelConfig:
+    return ModelConfig(decoder=DecoderConfig(depth=depth))
+
+
+def _sampler(**options: Any) -> ModelConfig:
+    return ModelConfig(sampler=SamplerConfig(**options))
+
+
+CASES = (
+    Case("(a) masking", "tube 75 %", 16.2, mask=_mask("tube", 0.75)),
+    Case("(a) masking", "tube 90 %", 14.7, mask=_mask("tube", 0.9)),
+    Case("(a) masking", "random 75 %", 16.2, mask=_mask("random", 0.75)),
+    Case("(a) masking", "random 90 %", 14.7, mask=_mask("random", 0.9)),
+    Case("(a) masking", "frame 87.5 %", 12.8, mask=_mask("frame", 0.875)),
+    Case("(a) masking", "adaptive 95 %", 14.4),
+    Case("(b) ratio", "0.98", 14.1, mask=_mask("adaptive", 0.98)),
+    Case("(b) ratio", "0.95", 14.4),
+    Case("(b) ratio", "0.90", 15.1, mask=_mask("adaptive", 0.9)),
+    Case("(b) ratio", "0.85", 15.9, mask=_mask("adaptive", 0.85)),
+    Case("(b) ratio", "0.80", 16.9, mask=_mask("adaptive", 0.8)),
+    Case("(c) decoder", "1 block", 9.2, _depth(1)),
+    Case("(c) decoder", "2 blocks", 11.0, _depth(2)),
+    Case("(c) decoder", "4 blocks", 14.4),
+    Case("(c) decoder", "8 blocks", 21.3, _depth(8)),
+    Case("(f) sampler", "MLP", 11.8, _sampler(kind="mlp")),
+    Case("(f) sampler", "1 × 384", 14.0, _sampler(width=384)),
+    Case("(f) sampler", "1 × 768", 14.4),
+    Case("(f) sampler", "2 × 384", 17.1, _sampler(width=384, depth=2)),
+)
+"""Table 1 (a), (b), (c), (f) of the paper."""
+
+QUICK_CASES = ("adaptive 95 %", "tube 75 %", "8 blocks", "MLP")
+
+OURS: tuple[Recompute, ...] = ("none", "pointwise", "fc1")
+"""Policies that are shown."""
+
+
+def shrunk(case: Case) -> Case:
+    """The same case of a tiny model."""
+    model = dataclasses.replace(case.model, size="nano", frame_size=command.TINY[0].frame_size)
+    return dataclasses.replace(case, model=model, mask=dataclasses.replace(case.mask, ratio=min(case.mask.ratio, 0.9)))
+
+
+def setting_of(case: Case, setting: Setting, batch_size: int) -> Setting:
+    """The case on the device of ``setting``."""
+    return dataclasses.replace(setting, model=case.model, mask=case.mask, batch_size=batch_size)
+
+
+def published_arm(setting: Setting, checkout: Checkout | None) -> tuple[str, Callable[[], Arm]]:
+    """The published code where it can do the case, else its stand-in; in the published precision."""
+    plan = arms.plan_for(setting.device, checkout)
+    precision = plan.precisions[0]
+    name = f"published-{precision}"
+    build, _ = arms.builders(setting, plan)
+    mask_fits = setting.mask.strategy == "adaptive" and setting.model.sampler == SamplerConfig()
+    if name in build and mask_fits:
+        return name, build[name]
+    build, _ = arms.builders(setting, dataclasses.replace(plan, checkout=None))
+    return f"published-like-{precision}", build[f"published-like-{precision}"]
+
+
+def our_arms(setting: Setting) -> dict[str, Callable[[], Arm]]:
+    """The policies of :data:`OURS`."""
+    build, _ = arms.builders(setting, arms.plan_for(setting.device, None))
+    return {f"ours-{policy}": build[f"ours-{policy}"] for policy in OURS}
+
+
+def on_gpu(case: Case, setting: Setting, checkout: Checkout | None) -> dict[str, Any]:
+    """Allocated peaks in bytes, and the prediction of ours."""
+    parity = arms.Parity(setting)
+    name, build = published_arm(setting, checkout)
+    row: dict[str, Any] = {"published_arm": name}
+    measured = {"published": build, **our_arms(setting)}
+    for arm, builder in measured.items():
+        try:
+            memory = memory_on_gpu(builder, setting, parity)
+            row[arm] = memory.get("allocated_bytes", memory.get("refused"))
+        except torch.cuda.OutOfMemoryError:
+            row[arm] = "out of memory"
+    for policy in OURS:
+        row[f"predicted-{policy}"] = predict.device_bytes(case.model, case.mask, policy, setting.batch_size)
+    return row
+
+
+def on_cpu(case: Case, setting: Setting, checkout: Checkout | None) -> dict[str, Any]:
+    """Bytes kept a clip, counted and predicted, and the prediction of a GPU's peak."""
+    name, build = published_arm(setting, checkout)
+    row: dict[str, Any] = {"published_arm": name}
+
+    def counted(arm: Arm) -> int:
+        kept = saved_bytes(arm.model, arm.keep)
+        kept.pop(CASTS, None)
+        return round(kept.total() / setting.batch_size)
+
+    row["published"] = counted(build())
+    row["predicted-published"] = predict.kept_bytes_published(case.model, case.mask)
+    once = predict.kept_bytes_once(case.model, case.mask) / setting.batch_size
+    ours = our_arms(setting)
+    for policy in OURS:
+        row[f"ours-{policy}"] = counted(ours[f"ours-{policy}"]())
+        row[f"predicted-{policy}"] = round(predict.kept_bytes(case.model, case.mask, policy).total() + once)
+        row[f"gpu-predicted-{policy}"] = predict.device_bytes(case.model, case.mask, policy, 16)
+    return row
+
+
+def fits(build: Callable[[], Arm]) -> bool:
+    """Whether three steps run without running out of memory."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        arm = build()
+        for _ in range(3):
+            arm.step()
+        torch.cuda.synchronize()
+    except torch.cuda.OutOfMemoryError:
+        return False
+    return True
+
+
+def largest(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest number that fits, by bisection; 0: none. ``guess`` only saves tries."""
+    low, high = 0, max(guess, 1)
+    while fits(high):
+        low, high = high, high + max(high // 8, 1)
+    while high - low > max(low // 64, 1):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def largest_batches(options: argparse.Namespace, setting: Setting, checkout: Checkout | None) -> dict[str, Any]:
+    """Of the published code and of ours: tried on a GPU, predicted without one."""
+    limit = int(options.memory_gb * 1e9)
+    found: dict[str, Any] = {"memory_gb": options.memory_gb, "how": "predicted"}
+    for policy in OURS:
+
+        def predicted(batch: int, policy: Recompute = policy) -> bool:
+            return predict.device_bytes(setting.model, setting.mask, policy, batch) <= limit
+
+        found[f"ours-{policy}"] = largest(predicted, 64)
+    if setting.device.type == "cpu":
+        return found
+    found["how"] = "tried, to 1/64"
+    total = torch.cuda.get_device_properties(setting.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+    try:
+        for name in ("published", *(f"ours-{policy}" for policy in OURS)):
+
+            def tried(batch: int, name: str = name) -> bool:
+                at = dataclasses.replace(setting, batch_size=batch)
+                return fits(published_arm(at, checkout)[1] if name == "published" else our_arms(at)[name])
+
+            found[name] = largest(tried, found.get(name, 64))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return found
+
+
+def print_table(rows: list[dict[str, Any]], *, gpu: bool) -> None:
+    """What a person reads."""
+    unit, scale = ("GiB", GIB) if gpu else ("MB a clip", 1e6)
+    table = Table("Table 1", "case", "paper, GiB", f"published, {unit}", *(f"ours {policy}" for policy in OURS), "arm")
+    for row in rows:
+        values = [row["published"], *(row[f"ours-{policy}"] for policy in OURS)]
+        shown = [f"{value / scale:.2f}" if isinstance(value, int) else value for value in values]
+        table.add_row(row["part"], row["case"], str(row["paper_gib"]), *shown, row["published_arm"])
+    console = Console()
+    console.width = max(console.width, 120)
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure or count, print, write; return 1 if anything was refused."""
+    parser = command.parser("memory", __doc__)
+    parser.add_argument("--memory-gb", type=float, default=80.0, help="memory for the largest batch")
+    parser.add_argument("--no-largest", action="store_true", help="leave out the largest batch")
+    options = parser.parse_args(arguments)
+    checkout, first = command.checkout_of(options), command.setting_of(options)
+    gpu = first.device.type == "cuda"
+    taken = conditions.collect(first.device)
+    cases = [shrunk(case) for case in CASES if case.name in QUICK_CASES] if options.quick else list(CASES)
+    rows: list[dict[str, Any]] = []
+    done: dict[Any, dict[str, Any]] = {}
+    with command.progress(len(cases)) as (say, advance):
+        for case in cases:
+            say(f"{case.part}, {case.name}")
+            key = (case.model, case.mask)
+            if key not in done:  # the default stands in four parts of the table
+                setting = setting_of(case, first, 16 if gpu and not options.quick else 2)
+                done[key] = on_gpu(case, setting, checkout) if gpu else on_cpu(case, setting, checkout)
+            rows.append({"part": case.part, "case": case.name, "paper_gib": case.paper_gib, **done[key]})
+            advance()
+        if not options.no_largest:
+            say("largest batch")
+    largest_found = None if options.no_largest else largest_batches(options, first, checkout)
+    print_table(rows, gpu=gpu)
+    result = {
+        "conditions": taken,
+        "what": "allocated peak, bytes, batch 16" if gpu else "kept for the backward, bytes a clip, fp32, batch 2",
+        "rows": rows,
+        "largest_batch": largest_found,
+    }
+    command.finish("memory", result, options)
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)

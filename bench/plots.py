@@ -1,0 +1,141 @@
+"""Pictures of the report: one PNG for each result file of a command that has one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Result = dict[str, Any]
+
+PUBLISHED, PLAIN, OURS = "#9a9a9a", "#5b8db8", "#d1622b"
+"""Colours of the baselines and of ours."""
+
+
+def _colour(arm: str) -> str:
+    return OURS if arm.startswith("ours") else PUBLISHED if arm.startswith("published") else PLAIN
+
+
+def _caption(figure: Figure, result: Result) -> None:
+    taken = result["conditions"]
+    words = [taken["device"], f"torch {taken['torch']}", f"commit {taken['commit']}", taken["date"]]
+    words.append(f"load {taken['load']} at the start")
+    if result.get("quick"):
+        words.append("QUICK RUN OF A TINY MODEL")
+    figure.text(0.01, 0.01, ", ".join(words), fontsize=7.5, color="#555555")
+
+
+def _bars(axes: Axes, names: list[str], values: list[float], text: str) -> None:
+    axes.barh(range(len(names)), values, color=[_colour(name) for name in names], height=0.7)
+    for i, value in enumerate(values):
+        axes.text(value, i, f" {value:{text}}", va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(values))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def step(result: Result) -> Figure:
+    """Time and memory of every arm, a row of axes for each batch size."""
+    from matplotlib.figure import Figure
+
+    batches = sorted({row["batch"] for row in result["rows"]})
+    gpu = any("allocated_bytes" in row for row in result["rows"])
+    height = sum(0.9 + 0.28 * sum(row["batch"] == batch for row in result["rows"]) for batch in batches)
+    figure = Figure(figsize=(9.5, height + 0.5), layout="constrained")
+    grid = figure.subplots(len(batches), 2, squeeze=False)
+    for (left, right), batch in zip(grid, batches, strict=True):
+        rows = [row for row in result["rows"] if row["batch"] == batch]
+        names = [row["arm"] for row in rows]
+        _bars(left, names, [row["ms"] for row in rows], ".0f" if min(row["ms"] for row in rows) > 100 else ".1f")
+        middle = [row["ms"] for row in rows]
+        spread = [[m - row["ms_p20"] for m, row in zip(middle, rows, strict=True)]]
+        spread.append([row["ms_p80"] - m for m, row in zip(middle, rows, strict=True)])
+        left.errorbar(middle, range(len(rows)), xerr=spread, fmt="none", ecolor="#333333", elinewidth=0.8)
+        left.set_xlabel(f"ms a step, batch {batch} (median, 20 % to 80 %)")
+        left.set_xlim(0, 1.2 * max(row["ms_p80"] for row in rows))
+        key, scale, unit = ("allocated_bytes", 1e9, "allocated peak, GB") if gpu else (
+            "saved_bytes_per_clip", 1e6, "kept for the backward, MB a clip"
+        )  # fmt: skip
+        _bars(right, names, [row[key] / scale for row in rows], ".1f" if gpu else ".0f")
+        right.set_xlabel(unit)
+        right.set_yticks([])
+    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))  # type: ignore[union-attr, call-arg]
+    _caption(figure, result)
+    return figure
+
+
+def memory(result: Result) -> Figure:
+    """The paper's table: a group of bars for each case."""
+    from matplotlib.figure import Figure
+
+    gpu = "allocated" in result["what"]
+    scale = 2**30 if gpu else 1e6
+    rows = result["rows"]
+    arms = ["published", *(key for key in rows[0] if key.startswith("ours-"))]
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(arms)
+    shades = [PUBLISHED, "#d1622b", "#e39a6f", "#f0c9b2", "#f8e4d9"]
+    for i, arm in enumerate(arms):
+        values = [row[arm] / scale if isinstance(row[arm], int) else 0 for row in rows]
+        axes.bar([x + (i - (len(arms) - 1) / 2) * width for x in range(len(rows))], values, width, color=shades[i], label=arm)
+    if gpu:
+        axes.plot(range(len(rows)), [row["paper_gib"] for row in rows], "k_", markersize=14, label="paper")
+    axes.set_xticks(range(len(rows)), [row["case"] for row in rows], rotation=40, ha="right", fontsize=8)
+    axes.set_ylabel("allocated peak at batch 16, GiB" if gpu else "kept for the backward, MB a clip")
+    parts = [row["part"] for row in rows]
+    for part in dict.fromkeys(parts):
+        first = parts.index(part)
+        last = len(parts) - 1 - parts[::-1].index(part)
+        axes.text((first + last) / 2, 1.01, part, transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
+        if first:
+            axes.axvline(first - 0.5, color="#cccccc", linewidth=0.8)
+    axes.set_xlim(-0.6, len(rows) - 0.4)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=6, loc="outside upper center")
+    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))  # type: ignore[union-attr, call-arg]
+    _caption(figure, result)
+    return figure
+
+
+def throughput(result: Result) -> Figure:
+    """Clips a second over batch size, a line for each strategy."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    rows = [row for row in result["rows"] if "refused" not in row]
+    for name in dict.fromkeys((row["strategy"], row["ratio"]) for row in rows):
+        line = [row for row in rows if (row["strategy"], row["ratio"]) == name]
+        label = f"{name[0]} {name[1]:g}"
+        axes.plot([row["batch"] for row in line], [row["clips_per_s"] for row in line], "o-", label=label, markersize=4)
+    batches = sorted({row["batch"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.minorticks_off()
+    axes.set_ylim(0)
+    axes.set_xlabel("batch, clips")
+    axes.set_ylabel("clips a second")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))  # type: ignore[union-attr, call-arg]
+    _caption(figure, result)
+    return figure
+
+
+PICTURES = {"step": step, "memory": memory, "throughput": throughput}
+
+
+def draw(found: dict[str, list[Result]], folder: Path) -> dict[str, list[Path]]:
+    """Write a PNG beside the page for every result that has a picture; return their paths by command."""
+    written: dict[str, list[Path]] = {}
+    for name, make in PICTURES.items():
+        for result in found.get(name, []):
+            path = folder / f"{result['file']}.png"
+            make(result).savefig(path, dpi=150, metadata={"Software": None})
+            written.setdefault(name, []).append(path)
+    return written

@@ -1,0 +1,253 @@
+"""Everything in ``bench/results`` as one page with pictures: ``python -m bench.report`` writes docs/results.md.
+
+Nothing on the page is typed by hand: figures, conditions and commit come from the result files, and what no file holds
+is "not measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from bench import conditions, plots
+from bench.results import COLUMNS, cells
+
+RESULTS = conditions.ROOT / "bench" / "results"
+PAGE = conditions.ROOT / "docs" / "results.md"
+
+MISSING = "not measured"
+
+Result = dict[str, Any]
+
+CPU_GOALS = (
+    ("kept for the backward, recompute=none, at most 300 MB a clip", "ours-none", "saved_bytes_per_clip", 300e6),
+    ("kept, recompute=pointwise, at most 190 MB a clip", "ours-pointwise", "saved_bytes_per_clip", 190e6),
+    ("kept, recompute=fc1, at most 130 MB a clip", "ours-fc1", "saved_bytes_per_clip", 130e6),
+    ("reads of a tensor's value by our step: none", "ours-none", "reads", 0),
+)
+"""Of the step on a CPU: what, arm, figure, largest value allowed."""
+
+CPU_SPEEDUP = 1.4
+"""At least this many times as fast as the published code."""
+
+CONDITIONS = ("device", "cores", "torch", "cuda", "cudnn", "triton", "driver", "nvdec", "commit", "dirty", "date", "load")
+
+
+def read(folder: Path) -> dict[str, list[Result]]:
+    """Result files by command; those of the kernels as rows under "kernels"."""
+    found: dict[str, list[Result]] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        if "conditions" in result and "rows" in result:
+            found.setdefault(result["command"], []).append({**result, "file": path.stem})
+    for path in sorted(folder.glob("kernels_*.csv")):
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        if rows:
+            found.setdefault("kernels", []).append({"conditions": rows[0], "rows": rows, "file": path.stem})
+    return found
+
+
+def caption(result: Result) -> str:
+    """Hardware, versions, commit, load, in one line."""
+    taken = result["conditions"]
+    words = "; ".join(f"{key} {taken[key]}" for key in CONDITIONS if taken.get(key))
+    quick = " **A quick run of a tiny model: its figures mean nothing.**" if result.get("quick") else ""
+    return f"{words}.{quick}"
+
+
+def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Markdown."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def number(value: Any, scale: float = 1.0, digits: int = 1, unit: str = "") -> str:
+    """A figure, or why there is none."""
+    if isinstance(value, str):
+        return value
+    return MISSING if value is None else f"{value / scale:.{digits}f}{unit}"
+
+
+def step_section(result: Result) -> list[str]:
+    """Arms of a whole step, and on a CPU the goals."""
+    gpu = any("allocated_bytes" in row for row in result["rows"])
+    lines = [f"### {result['conditions']['device']}", "", caption(result), ""]
+    lines += [f"Model: {result['model']}; {result['gflop_per_clip']} GFLOP a clip, forward and backward.", ""]
+    memory = ("allocated GB", "reserved GB") if gpu else ("kept MB a clip", "peak of a step MB")
+    columns = (
+        "arm", "batch", "ms [p20, p80]", f"× {result['speedup_over']}", "clips/s", "MFU", *memory,
+        "reads", "reads by optimizer", "waits", "launches",
+    )  # fmt: skip
+    rows = []
+    for row in result["rows"]:
+        keys = ("allocated_bytes", "reserved_bytes") if gpu else ("saved_bytes_per_clip", "peak_extra_bytes")
+        scale = 1e9 if gpu else 1e6
+        rows.append(
+            (
+                row["arm"],
+                str(row["batch"]),
+                f"{row['ms']:.1f} [{row['ms_p20']:.1f}, {row['ms_p80']:.1f}]",
+                number(result["speedup"].get(str(row["batch"]), {}).get(row["arm"]), digits=2),
+                number(row["clips_per_s"], digits=2),
+                number(row["mfu"], 0.01, unit=" %") if gpu else "–",
+                *(number(row.get(key), scale, 2 if gpu else 1) for key in keys),
+                *(str(row[key]) for key in ("reads", "reads_by_optimizer", "waits", "launches")),
+            )
+        )
+    lines += table(columns, rows)
+    lines += [f"* {name}: {reason}" for name, reason in result["skipped"].items()]
+    if not gpu:
+        lines += ["", *cpu_goals(result)]
+    return [*lines, ""]
+
+
+def cpu_goals(result: Result) -> list[str]:
+    """What was promised for the step on a CPU, and what came out."""
+    by_arm = {row["arm"]: row for row in result["rows"]}
+    rows = []
+    for text, arm, key, most in CPU_GOALS:
+        value = by_arm.get(arm, {}).get(key)
+        shown = MISSING if value is None else number(value, 1e6 if most else 1, 1 if most else 0)
+        rows.append((text, shown, "–" if value is None else "yes" if value <= most else "no"))
+    faster = next(iter(result["speedup"].values()), {}).get("ours-none")
+    against = result["speedup_over"] or "the published code"
+    met = "–" if faster is None else "yes" if faster >= CPU_SPEEDUP else "no"
+    rows.append((f"at least {CPU_SPEEDUP} times as fast as {against}", number(faster, digits=2), met))
+    return table(("goal", "measured", "met"), rows)
+
+
+def memory_section(result: Result) -> list[str]:
+    """Table 1 of the paper."""
+    scale, digits = (2**30, 2) if "allocated" in result["what"] else (1e6, 1)
+    unit = "GiB" if "allocated" in result["what"] else "MB"
+    ours = [key for key in result["rows"][0] if key.startswith("ours-")]
+    lines = [f"### {result['conditions']['device']}", "", caption(result), "", f"Figures: {result['what']}.", ""]
+    columns = ("Table 1", "case", "paper, GiB at batch 16", "arm", f"{unit}", *(f"{key}, {unit}" for key in ours))
+    rows = [
+        (
+            row["part"],
+            row["case"],
+            f"{row['paper_gib']:.1f}",
+            row["published_arm"],
+            number(row["published"], scale, digits),
+            *(number(row[key], scale, digits) for key in ours),
+        )
+        for row in result["rows"]
+    ]
+    lines += table(columns, rows)
+    errors = [
+        abs(row[f"predicted-{key.removeprefix('ours-')}"] / row[key] - 1)
+        for row in result["rows"]
+        for key in ours
+        if isinstance(row[key], int)
+    ]
+    if errors:
+        lines += [f"The predictor (`bench/predict.py`) is off from these by at most {max(errors):.2%}.", ""]
+    if largest := result["largest_batch"]:
+        found = ", ".join(f"{key} {value}" for key, value in largest.items() if key not in ("memory_gb", "how"))
+        published = "" if "published" in largest else f"; published: {MISSING}"
+        lines += [f"Largest batch in {largest['memory_gb']:g} GB ({largest['how']}): {found}{published}.", ""]
+    return lines
+
+
+def throughput_section(result: Result) -> list[str]:
+    """Clips a second by strategy and batch."""
+    lines = [f"### {result['conditions']['device']}", "", caption(result), ""]
+    columns = ("arm", "mask", "batch", "ms [p20, p80]", "clips/s", "tokens/s", "MFU")
+    rows: list[tuple[str, ...]] = []
+    for row in result["rows"]:
+        head = (row["arm"], f"{row['strategy']} {row['ratio']:g}", str(row["batch"]))
+        if "refused" in row:
+            rows.append((*head, row["refused"], "–", "–", "–"))
+            continue
+        ms = f"{row['ms']:.1f} [{row['ms_p20']:.1f}, {row['ms_p80']:.1f}]"
+        mfu = "–" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        rows.append((*head, ms, f"{row['clips_per_s']:.2f}", f"{row['tokens_per_s']:.0f}", mfu))
+    return lines + table(columns, rows)
+
+
+def profile_section(result: Result) -> list[str]:
+    """Top operators of each profiled arm."""
+    lines = [f"### {result['conditions']['device']}", "", caption(result), ""]
+    for row in result["rows"]:
+        counts = ", ".join(f"{key} {row[key]}" for key in ("operators", "reads", "waits", "launches"))
+        lines += [f"{row['arm']}, batch {result['batch']}: {counts}.", ""]
+        rows = [(f"`{x['operator']}`", f"{x['ms']:.1f}", str(x["calls"]), f"{x['share']:.1%}") for x in row["top"]]
+        lines += table(("operator", "ms", "calls", "share of all"), rows)
+    return lines
+
+
+def kernels_section(result: Result) -> list[str]:
+    """Single operations."""
+    lines = [f"### {result['conditions']['device']}", "", caption(result), ""]
+    return lines + table(COLUMNS, cells(result["rows"]))
+
+
+SECTIONS = {
+    "step": ("A training step", step_section),
+    "memory": ("Memory: Table 1 of the paper", memory_section),
+    "throughput": ("Throughput by batch and mask", throughput_section),
+    "profile": ("Where a step spends its time", profile_section),
+    "kernels": ("Single operations", kernels_section),
+}
+
+EXPLAINED = """\
+Arms: **published**, the authors' code from a checkout, its own loop and optimizer; **published-like**, an independent stand-in of the same
+operations that keeps the same tensors; **tuned**, plain PyTorch with fused attention, index gathers, vectorised losses and fused AdamW;
+**ours** with what `train.recompute` computes again. Every arm gave the loss and the gradients of the reference in fp32 before it was timed.
+Ratios are taken inside one run. *Reads* are calls of `item`, `nonzero`, `is_nonzero`, `_local_scalar_dense` in a step outside the optimizer;
+torch's fused AdamW on the CPU reads its own step counters, which lie in host memory.
+"""
+
+
+def page(found: dict[str, list[Result]], pictures: dict[str, list[str]]) -> str:
+    """The whole Markdown text; ``pictures`` are paths from the page, by command."""
+    lines = ["<!-- generated by python -m bench.report; do not edit -->", "", "# Results", "", EXPLAINED]
+    for name, (title, section) in SECTIONS.items():
+        lines += [f"## {title}", ""]
+        results = found.get(name, [])
+        for result in results:
+            lines += section(result)
+        lines += [f"![{title}]({picture})\n" for picture in pictures.get(name, [])]
+        if not any(result["conditions"].get("cuda") for result in results):
+            lines += [f"On a GPU: {MISSING}.", ""]
+        if not results:
+            lines += [f"On a CPU: {MISSING}.", ""]
+    text = "\n".join(lines)
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.rstrip() + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the page and its pictures."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the Markdown file to write")
+    parser.add_argument("--quick", action="store_true", help="accepted like everywhere; a report is always quick")
+    options = parser.parse_args(arguments)
+    found = read(options.results)
+    print(f"{sum(map(len, found.values()))} result files in {options.results}")
+    folder = options.page.parent / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = plots.draw(found, folder)
+    relative = {name: [f"results/{path.name}" for path in paths] for name, paths in pictures.items()}
+    options.page.write_text(page(found, relative))
+    files = [str(path) for paths in pictures.values() for path in paths]
+    print(f"written: {options.page}")
+    summary = {
+        "command": "report",
+        "results": {name: len(results) for name, results in found.items()},
+        "page": str(options.page),
+        "pictures": files,
+    }
+    print(json.dumps(summary, separators=(",", ":")))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

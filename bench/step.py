@@ -1,0 +1,233 @@
+"""A whole training step, all arms in turns in one process: ``python -m bench.step``.
+
+Arms: the published code from a checkout (``--published``), an independent stand-in of the same operations, tuned
+PyTorch, the same compiled, and ours with each recompute policy, with and without a CUDA graph. Every arm has to give
+the loss and the gradients of our reference before it is timed. Clips are on the device already.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench import arms, command, conditions, predict
+from bench.arms import Arm, Builder, Parity, Setting, Skipped
+from bench.peak import peak_extra_bytes
+from bench.profile import count, profiled
+from bench.saved import CASTS, saved_bytes
+from bench.timing import Plan, Timing, run_in_turns
+
+PLANS = {"cpu": Plan(warm_up=2, rounds=6, block=2), "cuda": Plan(warm_up=20, rounds=20, block=5)}
+QUICK = Plan(warm_up=1, rounds=2, block=1)
+
+Row = dict[str, Any]
+
+
+def check_parity(arm: Arm, parity: Parity) -> str | None:
+    """Why an arm must not be timed; any failure is a reason."""
+    try:
+        return parity.fault(arm)
+    except Exception as error:  # a compiler or a kernel may fail in any way; the others are measured
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def memory_on_gpu(build: Builder, setting: Setting, parity: Parity) -> Row:
+    """Allocated and reserved peak of one arm alone, in its third step: the optimizer's moments exist by then."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    arm = build()
+    if fault := check_parity(arm, parity):
+        return {"refused": fault}
+    torch.cuda.reset_peak_memory_stats()
+    for number in range(3):
+        # A graph's pool is allocated where the graph is captured, in one of the first steps, and never again.
+        if number == 2 and "graph" not in arm.name:
+            torch.cuda.reset_peak_memory_stats()
+        arm.step()
+    torch.cuda.synchronize()
+    return {
+        "allocated_bytes": torch.cuda.max_memory_allocated() - allocated,
+        "reserved_bytes": torch.cuda.memory_reserved() - reserved,
+        "process_bytes": _process_bytes(),
+    }
+
+
+def _process_bytes() -> int:
+    """Of the whole GPU, all processes and the CUDA context counted."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def memory_on_cpu(arm: Arm) -> Row:
+    """Bytes kept for the backward, and the peak of a step beyond what was there before it."""
+    arm.step()  # makes the optimizer's moments
+    kept = saved_bytes(arm.model, arm.keep)
+    casts = kept.pop(CASTS, 0)
+    arm.model.zero_grad(set_to_none=True)
+    return {
+        "saved_bytes_per_clip": round(kept.total() / arm.setting.batch_size),
+        "casts_bytes": casts,
+        "peak_extra_bytes": peak_extra_bytes(arm.step, arm.setting.device),
+    }
+
+
+def timing_row(timing: Timing, setting: Setting, device_name: str) -> Row:
+    """Milliseconds, clips and tokens a second, and the share of the peak arithmetic where that is known."""
+    clips = setting.batch_size / timing.median
+    flops, peak = predict.step_flops(setting.model, setting.mask), predict.peak_flops(device_name)
+    return {
+        "ms": round(timing.median * 1e3, 3),
+        "ms_p20": round(timing.p20 * 1e3, 3),
+        "ms_p80": round(timing.p80 * 1e3, 3),
+        "steps": timing.num_calls,
+        "clips_per_s": round(clips, 3),
+        "tokens_per_s": round(clips * predict.sizes_of(setting.model, setting.mask).num_tokens, 1),
+        "mfu": None if peak is None else round(clips * flops / peak, 4),
+    }
+
+
+def backends_of(arm: Arm) -> dict[str, str]:
+    """Which attention really ran in each part of ours, where the version can tell."""
+    stepper = getattr(arm, "stepper", None)
+    return dict(getattr(stepper, "attention_backends", {}))
+
+
+def measure(
+    setting: Setting, plan: arms.Plan, timing: Plan, say: command.Say, only: list[str] | None = None
+) -> tuple[list[Row], Skipped]:
+    """Parity, memory, counts, time of every arm that can be built, or of those named in ``only``."""
+    build, skipped = arms.builders(setting, plan)
+    if only:
+        if unknown := [name for name in only if name not in build]:
+            raise ValueError(f"--arm: {', '.join(unknown)} cannot be measured here; choose from {', '.join(build)}")
+        build = {name: build[name] for name in build if name in only}
+    say("parity: the reference")
+    parity = Parity(setting)
+    rows: dict[str, Row] = {}
+    on_gpu = setting.device.type == "cuda"
+    built: dict[str, Arm] = {}
+    for name in build:
+        say(f"{name}: parity" + (" and memory" if on_gpu else ""))
+        try:
+            row = memory_on_gpu(build[name], setting, parity) if on_gpu else {}
+            if "refused" not in row:
+                built[name] = build[name]()
+                fault = None if on_gpu else check_parity(built[name], parity)
+                row |= {"refused": fault} if fault else {}
+        except Exception as error:
+            row = {"refused": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+        if "refused" in row:
+            skipped[name] = str(row["refused"])
+            built.pop(name, None)
+        else:
+            rows[name] = {"arm": name, "precision": built[name].precision, "batch": setting.batch_size, **row}
+    for name, arm in built.items():
+        say(f"{name}: bytes and calls")
+        if not on_gpu:
+            rows[name] |= memory_on_cpu(arm)
+        rows[name] |= asdict(count(profiled(arm.step, setting.device), setting.device))
+        rows[name]["attention"] = backends_of(arm)
+    say("timing, in turns")
+    name_of_device = conditions.device_name(setting.device)
+    timings = run_in_turns({name: arm.runner(timing.warm_up) for name, arm in built.items()}, timing)
+    for name, result in timings.items():
+        rows[name] |= timing_row(result, setting, name_of_device)
+    return list(rows.values()), skipped
+
+
+def baseline(rows: list[Row]) -> str | None:
+    """The arm that speed-ups are quoted against: the published code, as it is; else its stand-in."""
+    names = [row["arm"] for row in rows]
+    return next((name for name in names if name.startswith("published") and "like" not in name), None) or next(
+        (name for name in names if name.startswith("published-like")), None
+    )
+
+
+def speedups(rows: list[Row]) -> dict[str, float]:
+    """How many times as fast as the baseline."""
+    base = baseline(rows)
+    times = {row["arm"]: row["ms"] for row in rows}
+    return {name: round(times[base] / ms, 3) for name, ms in times.items()} if base else {}
+
+
+def print_table(rows: list[Row], skipped: Mapping[str, str]) -> None:
+    """What a person reads."""
+    faster = speedups(rows)
+    table = Table("arm", "ms [p20, p80]", f"× {baseline(rows)}", "clips/s", "MB", "reads", "waits", "launches")
+    for row in rows:
+        num_bytes = row.get("allocated_bytes", row.get("saved_bytes_per_clip", 0))
+        table.add_row(
+            row["arm"],
+            f"{row['ms']:.1f} [{row['ms_p20']:.1f}, {row['ms_p80']:.1f}]",
+            f"{faster[row['arm']]:.2f}" if faster else "",
+            f"{row['clips_per_s']:.2f}",
+            f"{num_bytes / 1e6:.1f}",
+            str(row["reads"]),
+            str(row["waits"]),
+            str(row["launches"]),
+        )
+    for name, reason in skipped.items():
+        table.add_row(name, escape(reason))
+    console = Console()
+    console.width = max(console.width, 120)
+    console.print(table)
+    console.print("MB: allocated peak on a GPU, kept for the backward a clip on a CPU", highlight=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, write; return 1 if an arm failed its parity."""
+    parser = command.parser("step", __doc__)
+    parser.add_argument("--batch", type=int, nargs="+", help="clips of a step (default: 2 on a CPU; 16 and 32 on a GPU)")
+    parser.add_argument("--arm", nargs="+", metavar="NAME", help="only these arms")
+    parser.add_argument("--rounds", type=int, help="rounds in which every arm takes its turn")
+    options = parser.parse_args(arguments)
+    checkout = command.checkout_of(options)
+    first = command.setting_of(options)
+    device = first.device
+    taken = conditions.collect(device)
+    timing = QUICK if options.quick else PLANS[device.type]
+    if options.rounds:
+        timing = Plan(warm_up=timing.warm_up, rounds=options.rounds, block=timing.block)
+    batches = options.batch or ([2] if options.quick or device.type == "cpu" else [16, 32])
+    rows: list[Row] = []
+    skipped: Skipped = {}
+    faster: dict[str, dict[str, float]] = {}
+    with command.progress(len(batches)) as (say, advance):
+        for batch in batches:
+            setting = command.setting_of(options, batch)
+
+            def say_batch(what: str, batch: int = batch) -> None:
+                say(f"batch {batch}: {what}")
+
+            measured, refused = measure(setting, arms.plan_for(device, checkout), timing, say_batch, options.arm)
+            rows += measured
+            skipped |= refused
+            faster[str(batch)] = speedups(measured)
+            advance()
+    for batch in batches:
+        print_table([row for row in rows if row["batch"] == batch], skipped)
+    result = {
+        "conditions": taken,
+        "published_checkout": checkout.commit if checkout else None,
+        "model": f"{first.model.size}, {first.model.num_frames}×{first.model.frame_size}², ratio {first.mask.ratio}",
+        "gflop_per_clip": round(predict.step_flops(first.model, first.mask) / 1e9, 1),
+        "rows": rows,
+        "skipped": skipped,
+        "speedup_over": baseline(rows),
+        "speedup": faster,
+    }
+    command.finish("step", result, options)
+    harmless = ("not measured", "this version has no option")
+    return 1 if any(not reason.startswith(harmless) for reason in skipped.values()) else 0
+
+
+if __name__ == "__main__":
+    command.run(main)
