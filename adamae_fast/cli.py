@@ -126,7 +126,9 @@ def _run_bench(name: str, arguments: Sequence[str]) -> int:
     if not (root / "bench" / "run.py").is_file():
         raise ValueError(f"bench {name}: measurements run in a checkout of the project; {root} is an installation")
     if not name.isidentifier() or not (root / "bench" / f"{name}.py").is_file():
-        raise ValueError(f"bench {name}: no such measurement; choose step, memory, throughput, profile, report, run, gpu")
+        raise ValueError(
+            f"bench {name}: no such measurement; choose step, memory, throughput, profile, report, run, gpu"
+        )
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", f"bench.{name}", *arguments]
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode

@@ -144,7 +144,9 @@ def _take_gradients(model: nn.Module) -> Gradients:
 class PlainArm(Arm):
     """A model of ours in plain PyTorch with an ordinary loop."""
 
-    def __init__(self, name: str, setting: Setting, precision: str, network: nn.Module, *, like_published: bool) -> None:
+    def __init__(
+        self, name: str, setting: Setting, precision: str, network: nn.Module, *, like_published: bool
+    ) -> None:
         super().__init__(name, setting, precision)
         self.model = network.to(setting.device).train()
         self._call: Callable[..., Tensor] = self.model
@@ -176,7 +178,7 @@ class PlainArm(Arm):
             return self._call(self._input, labels_BNP, visible_ids)
 
     def step(self) -> None:
-        """As the published loop does: it looks at the loss, and its norm is computed gradient by gradient; or better."""
+        """As the published loop does: it looks at the loss and takes the norm gradient by gradient; or better."""
         loss = self._loss(self.precision)
         if self._like_published:
             if not math.isfinite(loss.item()):
@@ -300,9 +302,7 @@ class PublishedArm(Arm):
         """Seconds of each of some steps."""
         loader = Loader(self._input, num_steps)
         device = self.setting.device
-        self._checkout.run(
-            self.model, self._optimizer, self._scaler, loader, device, self.precision, self._patch_size
-        )
+        self._checkout.run(self.model, self._optimizer, self._scaler, loader, device, self.precision, self._patch_size)
         return loader.seconds
 
     def step(self) -> None:
@@ -311,7 +311,8 @@ class PublishedArm(Arm):
 
     def keep(self) -> object:
         """A whole step: the published loop has no forward of its own."""
-        return self.step()
+        self.step()
+        return None
 
     def runner(self, warm_up: int) -> Runner:
         """As :class:`Arm` says."""

@@ -130,10 +130,14 @@ class Checkout:
                 del sys.modules[name]
             with mock.patch.object(sys, "path", [str(folder), *sys.path]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                names = ("models.pretrain.vit", "msc.engine_for_pretraining", "msc.utils", "optim_factory")
-                modules = [importlib.import_module(name) for name in names]
+                modules = {
+                    "vit": importlib.import_module("models.pretrain.vit"),
+                    "engine": importlib.import_module("msc.engine_for_pretraining"),
+                    "utils": importlib.import_module("msc.utils"),
+                    "optim_factory": importlib.import_module("optim_factory"),
+                }
         head = folder / ".git" / "HEAD"
-        return cls(*modules, commit=head.read_text().strip()[:40] if head.is_file() else "not told")
+        return cls(**modules, commit=head.read_text().strip()[:40] if head.is_file() else "not told")
 
     def build(self, **sizes: Any) -> nn.Module:
         """The model, sizes by the names of its constructor."""
@@ -170,7 +174,7 @@ class Checkout:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             if device.type == "cpu":
-                stack.enter_context(mock.patch.object(torch.cuda, "synchronize", lambda: None))
+                stack.enter_context(mock.patch.object(torch.cuda, "synchronize", return_value=None))
             if device.type == "cpu" or precision != "fp16":
                 stack.enter_context(mock.patch.object(torch.cuda.amp, "autocast", _autocast(device, precision)))
             averages = self.engine.train_one_epoch(

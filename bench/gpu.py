@@ -1,4 +1,4 @@
-"""All measurements of one machine in one go, cut off and resumed as need be: ``make gpu``, rehearsed by ``make gpu-rehearsal``.
+"""All measurements of one machine in one go, resumed where they were cut off: ``make gpu``, ``make gpu-rehearsal``.
 
 An ordered list of steps, each a command of its own. A step that ended well for this commit is not run again, so the
 same call goes on where a lease ended. It needs torch, Triton, pytest and what this package imports without the command
@@ -42,7 +42,8 @@ def steps(out: Path, *, rehearsal: bool, published: str | None) -> list[Step]:
     """What is run, the figures that matter most first."""
     common = ["--out", str(out), "--device", "cpu" if rehearsal else "cuda", *(["--quick"] if rehearsal else [])]
     baseline = ["--published", published] if published else []
-    tests = ["tests/kernels/test_on_gpu.py", "tests/kernels/test_cuda_gpu.py", "tests/ops", "tests/train/test_step.py"]
+    on_gpu = ["tests/kernels/test_on_gpu.py", "tests/kernels/test_cuda_gpu.py"]
+    tests = [*on_gpu, "tests/ops", "tests/train/test_step.py"]
     kernels = ["--operation", "sample_visible", "gather_tokens"] if rehearsal else []
 
     def bench(name: str, *arguments: str) -> tuple[str, ...]:

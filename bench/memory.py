@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,8 +35,8 @@ class Case:
     name: str
     paper_gib: float
     """What the paper reports for 16 clips on one GPU."""
-    model: ModelConfig = ModelConfig()
-    mask: MaskConfig = MaskConfig()
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
 
 
 def _mask(strategy: Any, ratio: float) -> MaskConfig:

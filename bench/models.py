@@ -95,8 +95,12 @@ class _Sampler(nn.Module):
             width = config.width or token_width
             if width != token_width:
                 self.projection = nn.Linear(token_width, width)
-            options = {"qv_bias": False, "dropout": config.dropout, "norm_eps": 1e-5}
-            self.blocks = nn.Sequential(*(_Block(width, NUM_HEADS, fused=fused, **options) for _ in range(config.depth)))
+            self.blocks = nn.Sequential(
+                *(
+                    _Block(width, NUM_HEADS, fused=fused, qv_bias=False, dropout=config.dropout, norm_eps=1e-5)
+                    for _ in range(config.depth)
+                )
+            )
         self.head = nn.Linear(width, 1)
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
@@ -108,6 +112,8 @@ class _Sampler(nn.Module):
 
 
 class _Stack(nn.Module):
+    head: nn.Linear  # of the decoder alone
+
     def __init__(self, width: int, depth: int, num_heads: int, *, fused: bool) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*(_Block(width, num_heads, fused=fused) for _ in range(depth)))
@@ -143,7 +149,7 @@ class _Network(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(decoder.width))
         depth = model.decoder.depth or decoder.depth
         self.decoder = _Stack(decoder.width, depth, decoder.num_heads, fused=self.fused)
-        self.decoder.head = nn.Linear(decoder.width, self.grid.pixels_per_token)
+        self.decoder.add_module("head", nn.Linear(decoder.width, self.grid.pixels_per_token))
         self.register_buffer("positions_ND", sinusoid_table(num_tokens, encoder.width), persistent=False)
         self.register_buffer("positions_NE", sinusoid_table(num_tokens, decoder.width), persistent=False)
 
@@ -225,7 +231,9 @@ class Tuned(_Network):
         if visible_ids is None:
             if logits_BN is not None:
                 p_BN = logits_BN.detach().softmax(-1)
-                visible_ids = (p_BN / torch.empty_like(p_BN).exponential_()).topk(self.num_visible, sorted=False).indices
+                visible_ids = (
+                    (p_BN / torch.empty_like(p_BN).exponential_()).topk(self.num_visible, sorted=False).indices
+                )
             else:
                 visible_ids = self.draw_uniform_ids(video_BCTHW.shape[0], video_BCTHW.device)
         visible_ids_BK, masked_ids_BM, _ = tuned.split_tokens(visible_ids, self.grid.num_tokens)

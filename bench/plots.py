@@ -82,7 +82,9 @@ def memory(result: Result) -> Figure:
     shades = [PUBLISHED, "#d1622b", "#e39a6f", "#f0c9b2", "#f8e4d9"]
     for i, arm in enumerate(arms):
         values = [row[arm] / scale if isinstance(row[arm], int) else 0 for row in rows]
-        axes.bar([x + (i - (len(arms) - 1) / 2) * width for x in range(len(rows))], values, width, color=shades[i], label=arm)
+        axes.bar(
+            [x + (i - (len(arms) - 1) / 2) * width for x in range(len(rows))], values, width, color=shades[i], label=arm
+        )
     if gpu:
         axes.plot(range(len(rows)), [row["paper_gib"] for row in rows], "k_", markersize=14, label="paper")
     axes.set_xticks(range(len(rows)), [row["case"] for row in rows], rotation=40, ha="right", fontsize=8)

@@ -1,9 +1,9 @@
 """Bytes that a training step keeps for its backward, and its arithmetic, from the configuration alone.
 
-``tests/bench/test_predict.py`` compares every figure of :func:`kept_bytes` with what saved-tensor hooks count. In words,
-for one transformer block of n tokens, width d and h heads, in elements unless bytes are said:
+``tests/bench/test_predict.py`` compares the figures with what saved-tensor hooks count. In words, for one transformer
+block of n tokens, width d and h heads, in elements:
 
-* ours: 16 n d (recompute none), 10 (pointwise), 6 (fc1) or 2 (block), statistics of two LayerNorms and of the attention;
+* ours: 16 n d (recompute none), 10 (pointwise), 6 (fc1) or 2 (block), and statistics of LayerNorms and attention;
 * the published code: 16 n d, and the h n² softmax.
 """
 
@@ -77,7 +77,9 @@ def sizes_of(model: ModelConfig, mask: MaskConfig) -> Sizes:
     )
 
 
-def kept_bytes(model: ModelConfig, mask: MaskConfig, recompute: Recompute, precision: Precision = "fp32") -> Counter[str]:
+def kept_bytes(
+    model: ModelConfig, mask: MaskConfig, recompute: Recompute, precision: Precision = "fp32"
+) -> Counter[str]:
     """Ours, of one clip, by part; casts of parameters and :func:`kept_bytes_once` not counted."""
     s = sizes_of(model, mask)
     element = FP32 if precision == "fp32" else 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,20 @@ CPU_GOALS = (
 CPU_SPEEDUP = 1.4
 """At least this many times as fast as the published code."""
 
-CONDITIONS = ("device", "cores", "torch", "cuda", "cudnn", "triton", "driver", "nvdec", "commit", "dirty", "date", "load")
+CONDITIONS = (
+    "device",
+    "cores",
+    "torch",
+    "cuda",
+    "cudnn",
+    "triton",
+    "driver",
+    "nvdec",
+    "commit",
+    "dirty",
+    "date",
+    "load",
+)
 
 
 def read(folder: Path) -> dict[str, list[Result]]:
@@ -59,7 +73,7 @@ def caption(result: Result) -> str:
     return f"{words}.{quick}"
 
 
-def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Markdown."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
@@ -113,7 +127,8 @@ def cpu_goals(result: Result) -> list[str]:
         value = by_arm.get(arm, {}).get(key)
         shown = MISSING if value is None else number(value, 1e6 if most else 1, 1 if most else 0)
         rows.append((text, shown, "–" if value is None else "yes" if value <= most else "no"))
-    faster = next(iter(result["speedup"].values()), {}).get("ours-none")
+    first: dict[str, float] = next(iter(result["speedup"].values()), {})
+    faster = first.get("ours-none")
     against = result["speedup_over"] or "the published code"
     met = "–" if faster is None else "yes" if faster >= CPU_SPEEDUP else "no"
     rows.append((f"at least {CPU_SPEEDUP} times as fast as {against}", number(faster, digits=2), met))
@@ -196,11 +211,12 @@ SECTIONS = {
 }
 
 EXPLAINED = """\
-Arms: **published**, the authors' code from a checkout, its own loop and optimizer; **published-like**, an independent stand-in of the same
-operations that keeps the same tensors; **tuned**, plain PyTorch with fused attention, index gathers, vectorised losses and fused AdamW;
-**ours** with what `train.recompute` computes again. Every arm gave the loss and the gradients of the reference in fp32 before it was timed.
-Ratios are taken inside one run. *Reads* are calls of `item`, `nonzero`, `is_nonzero`, `_local_scalar_dense` in a step outside the optimizer;
-torch's fused AdamW on the CPU reads its own step counters, which lie in host memory.
+Arms: **published**, the authors' code from a checkout, its own loop and optimizer; **published-like**, an independent
+stand-in of the same operations that keeps the same tensors; **tuned**, plain PyTorch with fused attention, index
+gathers, vectorised losses and fused AdamW; **ours** with what `train.recompute` computes again. Every arm gave the loss
+and the gradients of the reference in fp32 before it was timed. Ratios are taken inside one run. *Reads* are calls of
+`item`, `nonzero`, `is_nonzero`, `_local_scalar_dense` in a step outside the optimizer; torch's fused AdamW on the CPU
+reads its own step counters, which lie in host memory.
 """
 
 

@@ -154,8 +154,10 @@ def baseline(rows: list[Row]) -> str | None:
 def speedups(rows: list[Row]) -> dict[str, float]:
     """How many times as fast as the baseline."""
     base = baseline(rows)
-    times = {row["arm"]: row["ms"] for row in rows}
-    return {name: round(times[base] / ms, 3) for name, ms in times.items()} if base else {}
+    if base is None:
+        return {}
+    times: dict[str, float] = {row["arm"]: row["ms"] for row in rows}
+    return {name: round(times[base] / ms, 3) for name, ms in times.items()}
 
 
 def print_table(rows: list[Row], skipped: Mapping[str, str]) -> None:
@@ -185,7 +187,9 @@ def print_table(rows: list[Row], skipped: Mapping[str, str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; return 1 if an arm failed its parity."""
     parser = command.parser("step", __doc__)
-    parser.add_argument("--batch", type=int, nargs="+", help="clips of a step (default: 2 on a CPU; 16 and 32 on a GPU)")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", help="clips of a step (default: 2 on a CPU; 16 and 32 on a GPU)"
+    )
     parser.add_argument("--arm", nargs="+", metavar="NAME", help="only these arms")
     parser.add_argument("--rounds", type=int, help="rounds in which every arm takes its turn")
     options = parser.parse_args(arguments)
