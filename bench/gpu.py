@@ -35,7 +35,7 @@ class Step:
     share: int
     """Seconds it is expected to take at most; where less is left, it is not begun."""
     allowed: tuple[int, ...] = (0,)
-    """Exit statuses after which the step counts as done: 1 of a bench means that some arm was refused, and says which."""
+    """Exit statuses after which the step counts as done; 1 of a bench: some arm was refused, and it says which."""
 
 
 def steps(out: Path, *, rehearsal: bool, published: str | None) -> list[Step]:

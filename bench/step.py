@@ -165,7 +165,7 @@ def print_table(rows: list[Row], skipped: Mapping[str, str]) -> None:
     faster = speedups(rows)
     table = Table("arm", "ms [p20, p80]", f"× {baseline(rows)}", "clips/s", "MB", "reads", "waits", "launches")
     for row in rows:
-        num_bytes = row.get("allocated_bytes", row.get("saved_bytes_per_clip", 0))
+        num_bytes: float = row.get("allocated_bytes", row.get("saved_bytes_per_clip", 0))
         table.add_row(
             row["arm"],
             f"{row['ms']:.1f} [{row['ms_p20']:.1f}, {row['ms_p80']:.1f}]",
