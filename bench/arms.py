@@ -368,7 +368,8 @@ def plan_for(device: torch.device, checkout: Checkout | None) -> Plan:
 def initial_state(setting: Setting) -> Gradients:
     """Weights that all arms start from."""
     torch.manual_seed(0)
-    return {name: x.detach() for name, x in AdaMAE(setting.model, setting.mask).state_dict().items()}
+    with setting.device:  # initialised there: on a GPU in no time
+        return {name: x.detach() for name, x in AdaMAE(setting.model, setting.mask).state_dict().items()}
 
 
 Builder = Callable[[], Arm]
@@ -416,7 +417,8 @@ def builders(setting: Setting, plan: Plan) -> tuple[dict[str, Builder], Skipped]
         key = tuple(item for item in options.items() if item[0] != "recompute")
         stepper = steppers.get(key) if share else None
         if stepper is None:
-            stepper = Stepper(config, setting.device)
+            with setting.device:
+                stepper = Stepper(config, setting.device)
             stepper.model.load_state_dict(state)
             steppers.update({key: stepper} if share else {})
         return OurArm(name, setting, stepper, config)
@@ -466,8 +468,8 @@ class Parity:
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
-        torch.manual_seed(0)
         model = AdaMAE(setting.model, setting.mask).to(setting.device)
+        model.load_state_dict(initial_state(setting))
         seeds_B = torch.arange(setting.batch_size, device=setting.device)
         video = setting.draw_video()
         with torch.no_grad():
