@@ -200,6 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
     timing = QUICK if options.quick else PLANS[device.type]
     if options.rounds:
         timing = Plan(warm_up=timing.warm_up, rounds=options.rounds, block=timing.block)
+    if options.quick and device.type == "cpu":
+        arms.COMPILE_BACKEND = "aot_eager"  # the same graphs, without a minute of building
     batches = options.batch or ([2] if options.quick or device.type == "cpu" else [16, 32])
     rows: list[Row] = []
     skipped: Skipped = {}
