@@ -1,1 +1,4 @@
-"""Measurements of the operations: ``python -m bench.run``. Nothing imports this package; rules are in TRAPS.md."""
+"""Measurements: ``python -m bench.run`` of single operations, ``bench.step`` of whole steps.
+
+Nothing imports this package; rules are in TRAPS.md.
+"""

@@ -26,6 +26,7 @@ from adamae_fast.model.sizes import SIZES
 from adamae_fast.ops.patchify import IMAGENET_MEAN, IMAGENET_STD
 from adamae_fast.train.optim import build_optimizer
 from adamae_fast.train.step import Stepper
+from bench import tuned
 from bench.checkout import Checkout, Loader
 from bench.models import PublishedLike, Tuned
 from bench.published import boolean_mask
@@ -166,6 +167,9 @@ class PlainArm(Arm):
         arm: PlainArm = object.__new__(PlainArm)
         arm.__dict__.update(self.__dict__)
         arm.name = name
+        if self.setting.device.type == "cpu":
+            # In one graph, torch 2.13 loses the gradient of the tokenizer that comes through the encoder.
+            self.model.gather = torch.compiler.disable(tuned.gather_tokens)
         arm._call = torch.compile(self.model, backend=COMPILE_BACKEND)
         return arm
 
@@ -369,7 +373,8 @@ def plan_for(device: torch.device, checkout: Checkout | None) -> Plan:
 def initial_state(setting: Setting) -> Gradients:
     """Weights that all arms start from."""
     torch.manual_seed(0)
-    return {name: x.detach() for name, x in AdaMAE(setting.model, setting.mask).state_dict().items()}
+    with setting.device:  # initialised there: on a GPU in no time
+        return {name: x.detach() for name, x in AdaMAE(setting.model, setting.mask).state_dict().items()}
 
 
 Builder = Callable[[], Arm]
@@ -396,18 +401,18 @@ def builders(setting: Setting, plan: Plan) -> tuple[dict[str, Builder], Skipped]
             name = f"published-like-{precision}"
             build[name] = partial(_plain, name, setting, precision, state, like_published=True)
 
-    def tuned(name: str) -> PlainArm:
+    def tuned_anew(name: str) -> PlainArm:
         return _plain(name, setting, plan.precision, state, like_published=False)
 
     plain: dict[str, PlainArm] = {}
 
     def tuned_arm() -> Arm:
-        plain["tuned"] = tuned("tuned")
+        plain["tuned"] = tuned_anew("tuned")
         return plain["tuned"]
 
     def compiled_arm() -> Arm:
         base = plain.get("tuned") if share else None
-        return (base or tuned("tuned")).compiled("tuned+compile")
+        return (base or tuned_anew("tuned")).compiled("tuned+compile")
 
     build["tuned"], build["tuned+compile"] = tuned_arm, compiled_arm
     steppers: dict[tuple[tuple[str, Any], ...], Stepper] = {}
@@ -417,7 +422,8 @@ def builders(setting: Setting, plan: Plan) -> tuple[dict[str, Builder], Skipped]
         key = tuple(item for item in options.items() if item[0] != "recompute")
         stepper = steppers.get(key) if share else None
         if stepper is None:
-            stepper = Stepper(config, setting.device)
+            with setting.device:
+                stepper = Stepper(config, setting.device)
             stepper.model.load_state_dict(state)
             steppers.update({key: stepper} if share else {})
         return OurArm(name, setting, stepper, config)
@@ -467,8 +473,8 @@ class Parity:
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
-        torch.manual_seed(0)
         model = AdaMAE(setting.model, setting.mask).to(setting.device)
+        model.load_state_dict(initial_state(setting))
         seeds_B = torch.arange(setting.batch_size, device=setting.device)
         video = setting.draw_video()
         with torch.no_grad():

@@ -112,14 +112,12 @@ def our_arms(setting: Setting) -> dict[str, Callable[[], Arm]]:
 
 def on_gpu(case: Case, setting: Setting, checkout: Checkout | None) -> dict[str, Any]:
     """Allocated peaks in bytes, and the prediction of ours."""
-    parity = arms.Parity(setting)
     name, build = published_arm(setting, checkout)
     row: dict[str, Any] = {"published_arm": name}
     measured = {"published": build, **our_arms(setting)}
     for arm, builder in measured.items():
         try:
-            memory = memory_on_gpu(builder, setting, parity)
-            row[arm] = memory.get("allocated_bytes", memory.get("refused"))
+            row[arm] = memory_on_gpu(builder)["allocated_bytes"]
         except torch.cuda.OutOfMemoryError:
             row[arm] = "out of memory"
     for policy in OURS:

@@ -8,6 +8,8 @@ P pixels a token, h heads, d channels of a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -219,6 +221,7 @@ class Tuned(_Network):
     """The same mathematics as an expert writes it: fused attention, index gathers, uint8 clips, no loop, no wait."""
 
     fused = True
+    gather: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(tuned.gather_tokens)
 
     def forward(self, video_BCTHW: Tensor, visible_ids: Tensor | None = None) -> Tensor:
         """Return the loss of uint8 clips."""
@@ -239,7 +242,7 @@ class Tuned(_Network):
         visible_ids_BK, masked_ids_BM, _ = tuned.split_tokens(visible_ids, self.grid.num_tokens)
 
         positions_ND = self.positions_ND.to(tokens_BND.dtype)
-        visible_BKD = tuned.gather_tokens(tokens_BND, visible_ids_BK, positions_ND)
+        visible_BKD = self.gather(tokens_BND, visible_ids_BK, positions_ND)
         features_BKE = self.projection(self.encoder.norm(self.encoder.blocks(visible_BKD)))
         dtype = features_BKE.dtype
         tokens_BNE = tuned.assemble_decoder(

@@ -14,6 +14,9 @@ from adamae_fast.config import ModelConfig
 from bench import arms, checkout, command, conditions, gpu, memory, profile, report, step, throughput
 from bench.timing import Plan
 
+# torch's compiler looks at .grad of what crosses from one graph to the next.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
 CPU = torch.device("cpu")
 ARGUMENTS = ["--quick", "--device", "cpu"]
 
