@@ -47,6 +47,8 @@ def setting_of(options: argparse.Namespace, batch_size: int | None = None) -> Se
     device = pick_device(options.device, key="--device")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"--batch {batch_size}: choose at least 1 clip")
     model, mask = TINY if options.quick else (ModelConfig(), MaskConfig())
     return Setting(model=model, mask=mask, batch_size=batch_size or BATCH[device.type], device=device)
 

@@ -40,15 +40,20 @@ INTRODUCTION = """\
 
 # The kernels
 
-Each operation is one contract, `adamae_fast/ops/<name>.py`, with several implementations behind it: plain PyTorch
-(the reference), C++ for the CPU (`csrc/<name>.cpp`), Triton for CUDA devices (`kernels/adamae_kernels/<name>.py`),
-and CUDA C++ for `sample_visible`. `impl="reference" | "cpp" | "triton" | "cuda"` asks for one and never falls back;
-the default takes C++ on the CPU and Triton on CUDA devices, where fp64 goes to the reference.
+Each operation is one contract in a file of `adamae_fast/ops/`, with several implementations behind it: plain PyTorch
+(the reference), C++ for the CPU (`csrc/`), Triton for CUDA devices (`kernels/adamae_kernels/`), files of the same
+names, and CUDA C++ for `sample_visible`. `impl="reference" | "cpp" | "triton" | "cuda"` asks for one and never falls
+back; the default takes C++ on the CPU and Triton on CUDA devices, where fp64 goes to the reference. The last two
+below have no kernel of their own and take `auto` and `reference` only.
+
+    from adamae_fast.ops.sample_visible import sample_visible
+
+    split = sample_visible(logits_BN, seeds_B, num_visible=78)  # ids, their inverse map, statistics of the logits
 
 **Layout.** Tensors are row-major, the last dimension of tokens contiguous; launchers copy what is not. Clips are
 uint8 (B, 3, T, H, W), ids int64 and ascending within a clip. Sums run in fp32 and are rounded once, at the store.
-No floating-point number
-is added atomically: results repeat bit by bit.
+No floating-point
+number is added atomically: results repeat bit by bit.
 
 **Bytes** are what an operation must read and write at least, with every tensor touched once; each kernel below says
 how close it comes.
@@ -64,7 +69,9 @@ NOT_ON_GPU = "*No kernel has run on a GPU yet*: "
 CONDITIONS = """\
 Made by `python -m bench.run --device cpu` (or `cuda`), which refuses an operation whose tests are red; medians with the
 20th and 80th percentile, arms in turns in one process. *published*: the sequence of calls of the published code,
-written anew, eager. *compiled*: the best plain PyTorch, through torch.compile. What misleads in such figures:
+written anew, eager. *compiled*: the best plain PyTorch, through torch.compile. Above 1 the row's form is faster.
+*of roof*: least traffic over time as a share of a copy of 256 MiB, so what fits in a cache exceeds 100 %.
+`head_patch_loss` computes its gradients in the forward: only its *full* compares. What misleads in such figures:
 [TRAPS.md](../bench/TRAPS.md); what was predicted and tried: [LOG.md](../bench/LOG.md).
 """
 

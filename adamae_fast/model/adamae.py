@@ -120,7 +120,10 @@ class AdaMAE(nn.Module):
 
     @classmethod
     def from_config(cls, path: str | Path, **overrides: object) -> Self:
-        """Build the model that a recipe describes, with fresh weights: ``from_config(path, **{"mask.ratio": 0.9})``."""
+        """Build the model that a recipe describes, with fresh weights: ``from_config(path, **{"mask.ratio": 0.9})``.
+
+        Only ``model.``, ``mask.`` and ``loss.`` decide it; other keys, and ``model.layer_norm``, act in pre-training.
+        """
         config = load_config(path, overrides)
         return cls(config.model, config.mask, config.loss)
 
