@@ -51,7 +51,7 @@ def steps(out: Path, *, rehearsal: bool, published: str | None) -> list[Step]:
 
     report = ("--results", str(out), *(["--page", str(out / "page" / "results.md")] if rehearsal else []))
     return [
-        Step("build", ("setup.py", "--quiet", "build_ext", "--inplace"), 120),
+        Step("build", ("setup.py", "--quiet", "build_ext", "--inplace"), 90),
         # In a rehearsal without a GPU they are collected and skipped: 0, or 5 where nothing was left.
         Step("tests", ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *tests), 120, (0, 5)),
         Step("step", bench("step", *baseline), 210, (0, 1)),
