@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -109,7 +110,7 @@ class StepRunner:
         return [start.elapsed_time(end) / 1000 for start, end in pairwise(events)]
 
 
-class Arm:
+class Arm(ABC):
     """One way to train the model."""
 
     def __init__(self, name: str, setting: Setting, precision: str) -> None:
@@ -117,17 +118,17 @@ class Arm:
         self.video = setting.draw_video()
         self.model: nn.Module
 
+    @abstractmethod
     def step(self) -> None:
         """One whole training step, update included."""
-        raise NotImplementedError
 
+    @abstractmethod
     def keep(self) -> object:
         """What the bytes kept for the backward are counted in: a forward pass, or a whole step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss_and_gradients(self, visible_ids: Tensor) -> tuple[float, Gradients]:
         """In fp32, without dropout, for a given mask; leaves the weights as they are."""
-        raise NotImplementedError
 
     def runner(self, warm_up: int) -> Runner:
         """The step, warmed up, with the clock of its device."""
