@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adamae_fast.config import DataConfig
-from adamae_fast.data.clips import apply_view, clip_rng, derived_rng, draw_view, frame_ids
+from adamae_fast.data.clips import apply_view, draw_replacement, epoch_order, plan_clip
 from adamae_fast.data.decode import VideoError, open_entry, require_decoder
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError
@@ -111,37 +111,30 @@ class PretrainClips:
                     bad[tried] = BadVideo(error.path, error.reason)
             if len(bad) == min(MAX_ATTEMPTS, len(self.entries)):
                 raise NoReadableVideoError(tuple(bad.values()))
-            rng = derived_rng(self.seed, "replacement", epoch, sample, len(bad))
-            while tried in bad:
-                tried = int(rng.integers(len(self.entries)))
+            tried = draw_replacement(self.seed, epoch, sample, bad.keys(), len(self.entries))
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order is None or self._order[0] != epoch:
-            rng = derived_rng(self.seed, "order", epoch)
-            self._order = epoch, rng.permutation(np.arange(len(self.entries), dtype=np.int64))
+            self._order = epoch, epoch_order(self.seed, epoch, len(self.entries))
         return self._order[1]
 
     def _crops(self, index: int, epoch: int, sample: int) -> Tensor:
         """All crops of one range of frames of an entry, uint8 (repeat, 3, T, S, S)."""
-        config = self.config
-        rngs = [clip_rng(self.seed, epoch, sample, repeat) for repeat in range(config.repeat)]
         self.decoding.fill_(index)
         try:
-            with closing(open_entry(self.entries[index], config.decoder)) as video:
-                frames_THWC = video.read(frame_ids(video.num_frames, self.num_frames, config.stride, rngs[0]))
+            with closing(open_entry(self.entries[index], self.config.decoder)) as video:
+                plan = plan_clip(
+                    self.config,
+                    self.seed,
+                    epoch,
+                    sample,
+                    num_frames=self.num_frames,
+                    frame_size=self.frame_size,
+                    total_frames=video.num_frames,
+                    height=video.height,
+                    width=video.width,
+                )
+                frames_THWC = video.read(plan.frame_ids)
         finally:
             self.decoding.fill_(NOTHING)
-        _, height, width, _ = frames_THWC.shape
-        clips = []
-        for rng in rngs:
-            view = draw_view(
-                rng,
-                height,
-                width,
-                crop=config.crop,
-                frame_size=self.frame_size,
-                random_resized_scale=config.random_resized_scale,
-                flip=config.flip,
-            )
-            clips.append(apply_view(frames_THWC, view, self.frame_size))
-        return torch.stack(clips)
+        return torch.stack([apply_view(frames_THWC, view, self.frame_size) for view in plan.views])

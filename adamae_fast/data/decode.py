@@ -53,6 +53,9 @@ class VideoFile(Protocol):
     codec: str
     fps: float | None
     num_frames: int
+    height: int
+    width: int
+    """Pixels of the upright frames that :meth:`read` returns."""
 
     def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Frames:
         """Upright RGB frames (T, H, W, 3); ids may repeat. Raises IndexError for one outside 0..num_frames-1."""
@@ -170,6 +173,7 @@ class EncodedVideo:
         self._frame_size = (first.width, first.height)
         # Counter-clockwise quarter turns; the metadata says how the picture is turned to stand upright.
         self._turns = first.rotation // 90 % 4 if first.rotation % 90 == 0 else 0
+        self.height, self.width = self._frame_size if self._turns % 2 else self._frame_size[::-1]
         self._pts, self._key_pts = presentation_times(packets, first.pts)
         if self._container.format.name == "avi" and codec.has_b_frames:
             self._pts = None  # AVI stores no presentation times: these are guesses that do not fit the order
@@ -188,13 +192,10 @@ class EncodedVideo:
         # What decord raises: its own two errors from C++, RuntimeError and AssertionError from its Python part.
         except (decord.DECORDError, decord._ffi.base.DECORDLimitReachedError, RuntimeError, AssertionError) as error:
             raise VideoError(self.path, f"decord: {_plain_decord(error)}") from error
-        if frames.shape[1:3] != self._upright_size():
-            raise VideoError(self.path, f"decord: frames of {frames.shape[1:3]}, expected {self._upright_size()}")
+        if frames.shape[1:3] != (self.height, self.width):
+            expected = (self.height, self.width)
+            raise VideoError(self.path, f"decord: frames of {frames.shape[1:3]}, expected {expected}")
         return frames
-
-    def _upright_size(self) -> tuple[int, int]:
-        width, height = self._frame_size
-        return (width, height) if self._turns % 2 else (height, width)
 
     def _read_pyav(self, wanted: list[int]) -> Frames:
         if self._pts:
@@ -285,6 +286,8 @@ class FrameFolder:
         if not names or (num_frames is not None and num_frames > len(names)):
             raise VideoError(path, f"holds {len(names)} images numbered {start} or more, not {num_frames}")
         self.codec = os.path.splitext(self._names[0])[1][1:].lower()
+        with self._open_image(self._names[0]) as first:
+            self.width, self.height = first.size
 
     def close(self) -> None:
         """Nothing stays open."""
@@ -293,17 +296,22 @@ class FrameFolder:
         """See :class:`VideoFile`."""
         wanted, inverse = _checked(ids, self.num_frames)
         frames = [self._image(self._names[i]) for i in wanted]
-        sizes = {frame.shape[:2] for frame in frames}
+        sizes = {(self.height, self.width), *(frame.shape[:2] for frame in frames)}
         if len(sizes) > 1:
             raise VideoError(self.path, f"images of different sizes (height, width): {sorted(sizes)}")
         return _select(np.stack(frames), wanted, inverse)
 
     def _image(self, name: str) -> Frames:
+        with self._open_image(name) as image:
+            return np.asarray(image.convert("RGB"))
+
+    @contextmanager
+    def _open_image(self, name: str) -> Iterator[Any]:
         from PIL import Image
 
         try:
             with Image.open(os.path.join(self.path, name)) as image:
-                return np.asarray(image.convert("RGB"))
+                yield image
         # SyntaxError is Pillow's word for a broken PNG, EOFError for a cut-off file.
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise VideoError(self.path, f"{name}: {error}") from error

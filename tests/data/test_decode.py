@@ -85,7 +85,7 @@ def test_shared_clips(shared_clips: Path, name: str) -> None:
             frames = video.read(ids)
             # without decord, PyAV reads all
             assert video.decoder in ({by_auto, "pyav"} if decoder == "auto" else {decoder})
-        assert frames.shape == (5, height, width, 3)
+        assert frames.shape == (5, video.height, video.width, 3) == (5, height, width, 3)
         assert frames.dtype == np.uint8
         for place, frame in zip(ids, frames, strict=True):
             assert np.abs(frame.astype(int) - truth[place]).mean() <= 3
