@@ -242,6 +242,9 @@ class DataConfig:
     num_workers: int = 2
     """Decoding processes; 0 decodes in the training process."""
 
+    timeout: float = 60.0
+    """Seconds that a worker may spend on one video. One that takes longer counts as unreadable."""
+
     max_bad_share: float = 0.05
     """The run stops when more than this share of the manifest's videos turned out unreadable."""
 
@@ -249,6 +252,7 @@ class DataConfig:
         _require(self.stride >= 1, "data.stride", self.stride, "choose at least 1")
         _require(self.repeat >= 1, "data.repeat", self.repeat, "choose at least 1")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "choose 0 or more processes")
+        _require(self.timeout > 0, "data.timeout", self.timeout, "choose a positive number of seconds")
         _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "choose a share in [0, 1]")
         low, high = self.random_resized_scale
         _require(
@@ -494,6 +498,8 @@ class PretrainConfig:
             messages.append(f"init_weights has no effect: resume={self.resume} brings its own weights")
         if self.data.crop != "random_resized" and self.data.random_resized_scale != DataConfig().random_resized_scale:
             messages.append(f"data.random_resized_scale has no effect: data.crop={self.data.crop}")
+        if self.data.num_workers == 0 and self.data.timeout != DataConfig().timeout:
+            messages.append("data.timeout has no effect: data.num_workers=0 has no process that could be ended")
         return messages
 
 

@@ -14,7 +14,7 @@ import importlib.util
 import os
 import re
 import stat
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
@@ -56,6 +56,8 @@ class VideoFile(Protocol):
     height: int
     width: int
     """Pixels of the upright frames that :meth:`read` returns."""
+    num_decoded: int
+    """Frames that the last :meth:`read` had to decode: from a key frame to the last one asked for."""
 
     def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Frames:
         """Upright RGB frames (T, H, W, 3); ids may repeat. Raises IndexError for one outside 0..num_frames-1."""
@@ -118,6 +120,7 @@ class EncodedVideo:
     def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Frames:
         """See :class:`VideoFile`. With "auto", what decord cannot read is tried with PyAV."""
         wanted, inverse = _checked(ids, self.num_frames)
+        self.num_decoded = self._frames_on_the_way(wanted)
         if self._choice == "decord" and self._decord_trap:
             raise VideoError(self.path, f"decord would return wrong frames: {self._decord_trap}; use auto or pyav")
         problem = ""
@@ -197,9 +200,19 @@ class EncodedVideo:
             raise VideoError(self.path, f"decord: frames of {frames.shape[1:3]}, expected {expected}")
         return frames
 
+    def _frames_on_the_way(self, wanted: list[int]) -> int:
+        """How many frames there are from the key frame before the first wanted one to the last."""
+        if not self._pts:  # the whole file is decoded
+            return self.num_frames
+        return wanted[-1] + 1 - bisect_left(self._pts, self._key_before(wanted[0], self._pts))
+
+    def _key_before(self, frame: int, pts: list[int]) -> int:
+        """The time of the last key frame that is not shown after ``frame``."""
+        return self._key_pts[bisect_right(self._key_pts, pts[frame]) - 1]
+
     def _read_pyav(self, wanted: list[int]) -> Frames:
         if self._pts:
-            key = self._key_pts[bisect_right(self._key_pts, self._pts[wanted[0]]) - 1]
+            key = self._key_before(wanted[0], self._pts)
             # Where a container seeks badly, once more from its beginning.
             for start in dict.fromkeys((key, self._key_pts[0])):
                 frames = self._read_by_time(wanted, self._pts, start)
@@ -295,6 +308,7 @@ class FrameFolder:
     def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Frames:
         """See :class:`VideoFile`."""
         wanted, inverse = _checked(ids, self.num_frames)
+        self.num_decoded = len(wanted)
         frames = [self._image(self._names[i]) for i in wanted]
         sizes = {(self.height, self.width), *(frame.shape[:2] for frame in frames)}
         if len(sizes) > 1:

@@ -36,8 +36,8 @@ OTHER_EXPERIMENT = (
 """Keys that make what follows another experiment than what came before."""
 
 HARMLESS = (
-    "output_dir", "resume", "init_weights", "checkpoint.", "log.", "data.num_workers", "model.attention.",
-    "train.recompute", "train.cuda_graph",
+    "output_dir", "resume", "init_weights", "checkpoint.", "log.", "data.num_workers", "data.timeout",
+    "model.attention.", "train.recompute", "train.cuda_graph",
 )  # fmt: skip
 """Keys that change nothing about the clips, masks and updates to come."""
 
