@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from adamae_fast.config import DecoderName
 from adamae_fast.data.manifest import Entry, numbered_images
-from adamae_fast.data.packets import Packet, find_decord_trap, presentation_times, restarts_h264
+from adamae_fast.data.packets import Packet, find_decord_trap, inspect_h264, presentation_times
 
 Frames = NDArray[np.uint8]
 
@@ -163,10 +163,11 @@ class EncodedVideo:
         first = None
         for packet in self._container.demux(self._stream):
             if packet.size:
-                restarts = packet.is_keyframe and (
-                    codec.name != "h264" or restarts_h264(bytes(packet), codec.extradata)
-                )
-                packets.append(Packet(packet.pts, packet.is_keyframe, restarts, packet.is_discard))
+                intra, is_disposable = True, False
+                if codec.name == "h264":
+                    intra, is_disposable = inspect_h264(packet, codec.extradata)
+                restarts = packet.is_keyframe and intra
+                packets.append(Packet(packet.pts, packet.is_keyframe, restarts, packet.is_discard, is_disposable))
             if first is None:
                 first = next(iter(packet.decode()), None)
         if first is None:
@@ -178,6 +179,8 @@ class EncodedVideo:
         self._turns = first.rotation // 90 % 4 if first.rotation % 90 == 0 else 0
         self.height, self.width = self._frame_size if self._turns % 2 else self._frame_size[::-1]
         self._pts, self._key_pts = presentation_times(packets, first.pts)
+        disposable, others = (frozenset(p.pts for p in packets if p.is_disposable == is_it) for is_it in (True, False))
+        self._disposable_pts = disposable - others  # two packets of one time are the fields of one picture
         if self._container.format.name == "avi" and codec.has_b_frames:
             self._pts = None  # AVI stores no presentation times: these are guesses that do not fit the order
         self.num_frames = len(self._pts) if self._pts else self._count_frames()
@@ -221,33 +224,38 @@ class EncodedVideo:
         return self._read_by_count(wanted)
 
     def _read_by_time(self, wanted: list[int], pts: list[int], start: int) -> Frames | None:
-        """Decode from the key frame at ``start``; None unless the first wanted one and its successors come in turn."""
+        """Decode from the key frame at ``start``; None unless the first wanted one and its successors come in turn.
+
+        Pictures that nobody wants and no other one is made from are left out: with x264's defaults half of them.
+        """
         import av
+
+        needed = {pts[place] for place in wanted}
+        left_out = self._disposable_pts - needed
+        coming = (time for time in pts[wanted[0] :] if time not in left_out)
 
         try:
             self._container.seek(start, stream=self._stream)
         except av.error.FFmpegError:  # this container cannot seek
             return None
         found: list[Frames] = []
-        expected = wanted[0]
         has_key = False
         for packet in self._container.demux(self._stream):
             if not has_key and packet.size:
                 has_key = packet.is_keyframe
-                if has_key and (packet.pts is None or packet.pts > pts[expected]):
+                if has_key and (packet.pts is None or packet.pts > pts[wanted[0]]):
                     return None
-            if not has_key:
+            if not has_key or packet.pts in left_out:
                 continue
             for frame in packet.decode():
-                if frame.pts is not None and frame.pts < pts[expected]:
+                if frame.pts is not None and frame.pts < pts[wanted[0]]:
                     continue
-                if frame.pts != pts[expected]:
+                if frame.pts != next(coming, None):
                     return None
-                if expected == wanted[len(found)]:
+                if frame.pts in needed:
                     found.append(self._upright_rgb(frame))
                     if len(found) == len(wanted):
                         return np.stack(found)
-                expected += 1
         return None
 
     def _read_by_count(self, wanted: list[int]) -> Frames:

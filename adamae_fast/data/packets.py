@@ -6,13 +6,22 @@ Times are in the stream's own unit.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, TypeAlias
+
+Buffer: TypeAlias = bytes | memoryview
 
 DECORD_CONTAINERS = frozenset(("mp4", "matroska"))
 """FFmpeg's names of containers in which decord finds frames exactly; it was seen to miss in AVI, FLV and MPEG-TS."""
 
-_H264_SLICE = re.compile(rb"\x00\x00\x01[\x01\x21\x41\x61\x05\x25\x45\x65]")
-"""Start code and header of a slice, for H.264 that is not stored with lengths."""
+_START_CODE = re.compile(rb"\x00\x00\x01")
+"""In front of each unit of H.264 that is not stored with lengths."""
+
+_SLICES = (1, 5)
+"""Types of H.264 units that hold a part of the picture; 5 begins a new group of pictures."""
+
+_WITHOUT_EFFECT = (1, 6, 9, 12)
+"""Types of H.264 units without which the pictures that follow decode alike: slices, remarks, delimiters, filling."""
 
 
 class Packet(NamedTuple):
@@ -29,6 +38,9 @@ class Packet(NamedTuple):
 
     is_discard: bool
     """An edit list hides it."""
+
+    is_disposable: bool
+    """No other picture is made from it, so that a decoder need not see it; known for H.264 only."""
 
 
 def presentation_times(packets: list[Packet], first_pts: int | None) -> tuple[list[int] | None, list[int]]:
@@ -72,22 +84,37 @@ def find_decord_trap(packets: list[Packet], pts: list[int] | None, container: st
     return None
 
 
-def restarts_h264(packet: bytes, extradata: bytes | None) -> bool:
-    """Whether a packet that is marked as a key frame begins with an I slice.
+def inspect_h264(packet: Buffer, extradata: bytes | None) -> tuple[bool, bool]:
+    """Whether a packet begins with an I slice, and whether it is disposable.
 
-    With periodic intra refresh it does not: the picture is complete only some frames later. ``extradata`` begins with
-    1 where the parts of a packet have their length in front (mp4, Matroska); elsewhere they have start codes.
+    A packet that is marked as a key frame does not begin with one where the picture is refreshed periodically: it is
+    complete only some frames later. A packet is disposable if ``nal_ref_idc`` of all its slices is 0 (H.264, 7.4.1)
+    and nothing else in it matters. ``extradata`` begins with 1 where units have their length in front (mp4, Matroska);
+    elsewhere they have start codes.
     """
+    units = list(_units(packet, extradata))
+    slices = [unit for unit in units if unit[0] & 31 in _SLICES]
+    is_disposable = all(unit[0] & 31 in _WITHOUT_EFFECT for unit in units) and not any(
+        unit[0] >> 5 & 3 for unit in slices
+    )
+    return bool(slices) and _is_intra_slice(bytes(slices[0][:9])), bool(slices) and is_disposable
+
+
+def _units(packet: Buffer, extradata: bytes | None) -> Iterator[memoryview]:
+    """The units of an H.264 packet that are not empty, from their header on."""
+    view = memoryview(packet)
     if extradata and extradata[0] == 1 and len(extradata) > 4:
         prefix = (extradata[4] & 3) + 1
         place = 0
-        while place + prefix < len(packet):
-            if packet[place + prefix] & 31 in (1, 5):
-                return _is_intra_slice(packet[place + prefix :])
-            place += prefix + int.from_bytes(packet[place : place + prefix])
-        return False
-    match = _H264_SLICE.search(packet)
-    return match is not None and _is_intra_slice(packet[match.end() - 1 :])
+        while place + prefix < len(view):
+            end = place + prefix + int.from_bytes(view[place : place + prefix])
+            if end > place + prefix:
+                yield view[place + prefix : end]
+            place = end
+    else:
+        for match in _START_CODE.finditer(view):
+            if match.end() < len(view):
+                yield view[match.end() :]
 
 
 def _is_intra_slice(slice_: bytes) -> bool:

@@ -19,7 +19,7 @@ from adamae_fast.config import DecoderName
 from adamae_fast.data import decode
 from adamae_fast.data.decode import EncodedVideo, VideoError, decord_is_installed, open_entry, open_video
 from adamae_fast.data.manifest import Entry
-from adamae_fast.data.packets import presentation_times, restarts_h264
+from adamae_fast.data.packets import inspect_h264, presentation_times
 
 WriteVideo = Callable[..., Path]
 Numbers = Callable[[Any], list[int]]
@@ -290,9 +290,41 @@ def test_damaged_files_raise_nothing_else(tmp_path: Path, write_video: WriteVide
     assert min(outcomes.values()) >= 20
 
 
+PYRAMIDS = {
+    "none": "bframes=3:b-adapt=0:b-pyramid=none",  # every B picture is disposable
+    "normal": "bframes=3:b-adapt=0:b-pyramid=normal",  # the middle one of three is a reference
+    "fields": "bframes=2:b-adapt=0:b-pyramid=none:interlaced=1",
+    "no B": "bframes=0",
+}
+
+
+@pytest.mark.parametrize("extension", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize("pyramid", PYRAMIDS)
+def test_pictures_that_nobody_needs_are_not_decoded(
+    tmp_path: Path, write_video: WriteVideo, pyramid: str, extension: str
+) -> None:
+    options = {"g": "24", "x264-params": PYRAMIDS[pyramid]}
+    path = write_video(tmp_path / f"a.{extension}", 40, options=options, height=96, width=64)
+    with av.open(str(path)) as container:
+        pictures = list(container.decode(video=0))
+    whole = [picture.to_ndarray(format="rgb24") for picture in pictures]
+    b_pictures = {picture.pts for picture in pictures if picture.pict_type == av.video.frame.PictureType.B}
+    with closing(open_video(str(path), "pyav")) as video:
+        disposable = video._disposable_pts  # type: ignore[attr-defined]
+        # FFmpeg's own word for the kind of each picture: B pictures, and those that the pyramid does not build upon.
+        assert disposable <= b_pictures
+        assert {"none": 1, "fields": 1, "normal": 0.5, "no B": 0}[pyramid] * len(b_pictures) <= len(disposable)
+        assert (not disposable) == (pyramid == "no B")
+        if pyramid == "normal":
+            assert len(disposable) < len(b_pictures)
+        for ids in ([5], [0, 39], [11, 15, 19, 23, 27], range(40), [21, 22, 30], [38]):
+            frames = video.read(list(ids))
+            assert all(np.array_equal(frame, whole[place]) for frame, place in zip(frames, ids, strict=True))
+
+
 def test_header_too_short_to_tell_how_slices_are_stored() -> None:
     for extradata in (b"\x01", b"\x01\x42\xc0\x1e", b"", None):
-        assert not restarts_h264(b"\x00\x00\x00\x02\x65\x88", extradata)
+        assert inspect_h264(b"\x00\x00\x00\x02\x65\x88", extradata) == (False, False)
     assert presentation_times([], 0) == (None, [])
 
 
