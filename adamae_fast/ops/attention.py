@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adamae_fast.ops.attention_backends import BACKENDS, AttentionProblem, mismatches, problem_of
-from adamae_fast.ops.registry import describe
+from adamae_fast.ops.registry import describe, names_wrong_types
 
 _logger = logging.getLogger("adamae_fast")
 
@@ -132,6 +132,7 @@ def _choose(
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+@names_wrong_types
 def attention(q_BNHd: Tensor, k_BNHd: Tensor, v_BNHd: Tensor, *, backend: str = "auto") -> Tensor:
     """Return softmax(q · kᵀ / sqrt(d)) · v for each head, (B, N, H, d) in the inputs' dtype; no mask, no dropout.
 
