@@ -45,7 +45,6 @@ HARMLESS = (
 WORTH_A_WARNING = ("model.layer_norm", "optim.implementation", "train.compile")
 """Keys that change how numbers are rounded, or which ones dropout draws; so do keys that no list names."""
 
-
 CHOICES = (
     "model.decoder.keep_ratio", "model.layer_norm", "optim.implementation",
     "train.recompute", "train.compile", "train.cuda_graph",

@@ -436,7 +436,8 @@ def test_a_forced_back_end_gives_its_reasons(monkeypatch: pytest.MonkeyPatch) ->
     inputs = make(dtype=torch.float32)
     words = (
         r"q of shape \(2, 7, 3, 5\), torch.float32, cpu. flash_attn_2: not installed: .*; it takes CUDA tensors, these "
-        r"are on cpu; it takes float16 or bfloat16, these are torch.float32; the head width 5 is not a multiple of 8; choose auto$"
+        r"are on cpu; it takes float16 or bfloat16, these are torch.float32; the head width 5 is not a multiple of 8; "
+        r"choose auto$"
     )
     with pytest.raises(ValueError, match=words):
         attention(*inputs, backend="flash_attn_2")
