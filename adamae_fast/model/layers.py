@@ -128,7 +128,8 @@ class _NormMlp(torch.autograd.Function):
                 torch.ops.aten.gelu_backward.grad_input(grad_hidden, hidden, grad_input=grad_hidden)
                 del hidden
                 grad_hidden_rows = _rows(grad_hidden)
-                grad_weight1 = grad_hidden_rows.T @ _rows(normed) if needs_weight1 else None
+                if needs_weight1 and normed is not None:
+                    grad_weight1 = grad_hidden_rows.T @ _rows(normed)
                 del normed
                 grad_bias1 = grad_hidden_rows.sum(0) if needs_bias1 else None
                 if any(needs_norm):

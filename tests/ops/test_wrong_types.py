@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any, get_type_hints
@@ -19,6 +20,7 @@ from adamae_fast.ops.masked_patch_loss import masked_patch_loss, patch_targets
 from adamae_fast.ops.patchify import embed_tubelets, patchify
 from adamae_fast.ops.sample_visible import sample_visible, split_tokens
 from adamae_fast.ops.sampling_loss import sampling_loss
+from tests.ops.conftest import OPERATIONS
 
 # Two clips of 4 tokens of 12 pixels, 2 of them visible; width 6.
 IDS = torch.tensor([[0, 1], [1, 3]])
@@ -96,6 +98,9 @@ def test_the_argument_its_type_and_the_remedy_are_named(
 
 
 def test_every_argument_of_every_operation_is_covered() -> None:
+    of_modules = [(m, f) for m in OPERATIONS for _, f in inspect.getmembers(m, inspect.isfunction)]
+    public = {f for m, f in of_modules if f.__module__ == m.__name__ and "impl" in inspect.signature(f).parameters}
+    assert {function for function, _ in CALLS} == public | {attention}
     for function, arguments in CALLS:
         assert set(arguments) == set(get_type_hints(function)) - {"impl", "return"}
 
