@@ -198,6 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = first.device
     taken = conditions.collect(device)
     timing = QUICK if options.quick else PLANS[device.type]
+    if options.rounds is not None and options.rounds < 1:
+        raise ValueError(f"--rounds {options.rounds}: choose at least 1 round")
     if options.rounds:
         timing = Plan(warm_up=timing.warm_up, rounds=options.rounds, block=timing.block)
     if options.quick and device.type == "cpu":

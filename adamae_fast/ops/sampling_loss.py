@@ -30,6 +30,7 @@ from adamae_fast.ops.registry import (
     check_same_device,
     choose,
     describe,
+    names_wrong_types,
     register,
     register_autograd,
 )
@@ -85,6 +86,7 @@ class _SamplingLoss(torch.autograd.Function):
 register_autograd(_sampling_loss, _SamplingLoss)
 
 
+@names_wrong_types
 def sampling_loss(logits_BN: Tensor, masked_ids_BM: Tensor, error_BM: Tensor, *, impl: Impl = "auto") -> Tensor:
     """Return the sampling loss of each clip, (B,) in fp32 (fp64 for fp64 logits); its mean over B is the paper's L_S.
 

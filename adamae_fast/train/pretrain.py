@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -43,6 +44,12 @@ HARMLESS = (
 
 WORTH_A_WARNING = ("model.layer_norm", "optim.implementation", "train.compile")
 """Keys that change how numbers are rounded, or which ones dropout draws; so do keys that no list names."""
+
+CHOICES = (
+    "model.decoder.keep_ratio", "model.layer_norm", "optim.implementation",
+    "train.recompute", "train.compile", "train.cuda_graph",
+)  # fmt: skip
+"""Keys of docs/speed.md, which are printed at the start where they are not at their defaults."""
 
 
 def kind_of_key(key: str) -> tuple[str, ...]:
@@ -88,6 +95,12 @@ def pretrain(config: PretrainConfig, console: Console) -> dict[str, object]:
             return write_summary(run, config, stepper.model, entries, step, schedule.total_steps, stopped_by, console)
 
 
+def changed_choices(config: PretrainConfig) -> dict[str, object]:
+    """Return those of :data:`CHOICES` that are not at their defaults, with their values."""
+    values = {key: (attrgetter(key)(config), attrgetter(key)(PretrainConfig())) for key in CHOICES}
+    return {key: value for key, (value, default) in values.items() if value != default}
+
+
 def _print_setting(
     config: PretrainConfig, stepper: Stepper, schedule: Schedule, num_videos: int, console: Console
 ) -> None:
@@ -102,6 +115,9 @@ def _print_setting(
         ("mask", f"{config.mask.strategy}: {visible} of {tokens} tokens visible ({1 - visible / tokens:.1%} masked)"),
         *schedule.describe(),
     ]
+    chosen = ", ".join(f"{key}={value}" for key, value in changed_choices(config).items())
+    if chosen:
+        facts.append(("options", chosen))
     for name, fact in facts:
         console.print(f"{name:<14}{fact}", soft_wrap=True, highlight=False)
 

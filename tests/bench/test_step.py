@@ -136,6 +136,12 @@ def test_an_arm_that_does_not_exist_is_named() -> None:
         step.main([*ARGUMENTS, "--arm", "none"])
 
 
+@pytest.mark.parametrize("rounds", [0, -1])
+def test_no_round_at_all_is_refused(rounds: int) -> None:
+    with pytest.raises(ValueError, match=f"--rounds {rounds}: choose at least 1 round"):
+        step.main([*ARGUMENTS, "--rounds", str(rounds)])
+
+
 def test_bisection_finds_the_largest() -> None:
     for limit in (1, 5, 63, 100):
         found = memory.largest(lambda batch, limit=limit: batch <= limit, 64)
@@ -193,7 +199,7 @@ def test_the_command_line_forwards(capfd, monkeypatch: pytest.MonkeyPatch) -> No
     assert adamae_fast(["bench", "report", "--help"]) == 0
     assert "usage: python -m bench.report" in capfd.readouterr().out
     assert adamae_fast(["bench", "nothing"]) == 2
-    assert "no such measurement" in capfd.readouterr().err
+    assert "there is no measurement 'nothing'" in capfd.readouterr().err
 
 
 def test_all_steps_of_a_gpu_machine_exist() -> None:
