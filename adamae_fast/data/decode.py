@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from adamae_fast.config import DecoderName
 from adamae_fast.data.manifest import Entry, numbered_images
-from adamae_fast.data.packets import Packet, find_decord_trap, inspect_h264, presentation_times
+from adamae_fast.data.packets import Packet, find_decord_trap, is_disposable_h264, presentation_times, restarts_h264
 
 Frames = NDArray[np.uint8]
 
@@ -159,15 +159,15 @@ class EncodedVideo:
     def _index(self) -> None:
         """List the packets, decode the first frame, and find out how frames are to be addressed."""
         codec = self._stream.codec_context
+        is_h264, extradata = codec.name == "h264", codec.extradata
         packets: list[Packet] = []
         first = None
         for packet in self._container.demux(self._stream):
             if packet.size:
-                intra, is_disposable = True, False
-                if codec.name == "h264":
-                    intra, is_disposable = inspect_h264(packet, codec.extradata)
-                restarts = packet.is_keyframe and intra
-                packets.append(Packet(packet.pts, packet.is_keyframe, restarts, packet.is_discard, is_disposable))
+                is_key = packet.is_keyframe
+                restarts = is_key and (not is_h264 or restarts_h264(packet, extradata))
+                is_disposable = is_h264 and not is_key and is_disposable_h264(packet, extradata)
+                packets.append(Packet(packet.pts, is_key, restarts, packet.is_discard, is_disposable))
             if first is None:
                 first = next(iter(packet.decode()), None)
         if first is None:

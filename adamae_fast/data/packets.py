@@ -17,11 +17,14 @@ DECORD_CONTAINERS = frozenset(("mp4", "matroska"))
 _START_CODE = re.compile(rb"\x00\x00\x01")
 """In front of each unit of H.264 that is not stored with lengths."""
 
-_SLICES = (1, 5)
-"""Types of H.264 units that hold a part of the picture; 5 begins a new group of pictures."""
+_PLAIN_SLICE = 1
+"""Type of H.264 units that hold a part of a picture."""
 
-_WITHOUT_EFFECT = (1, 6, 9, 12)
-"""Types of H.264 units without which the pictures that follow decode alike: slices, remarks, delimiters, filling."""
+_SLICES = (_PLAIN_SLICE, 5)
+"""The same and those of a picture that begins a group."""
+
+_WITHOUT_EFFECT = (_PLAIN_SLICE, 6, 9, 12)
+"""Slices, remarks, delimiters and filling: without the last three, all pictures decode alike."""
 
 
 class Packet(NamedTuple):
@@ -84,24 +87,31 @@ def find_decord_trap(packets: list[Packet], pts: list[int] | None, container: st
     return None
 
 
-def inspect_h264(packet: Buffer, extradata: bytes | None) -> tuple[bool, bool]:
-    """Whether a packet begins with an I slice, and whether it is disposable.
+def restarts_h264(packet: Buffer, extradata: bytes | None) -> bool:
+    """Whether a packet that is marked as a key frame begins with an I slice.
 
-    A packet that is marked as a key frame does not begin with one where the picture is refreshed periodically: it is
-    complete only some frames later. A packet is disposable if ``nal_ref_idc`` of all its slices is 0 (H.264, 7.4.1)
-    and nothing else in it matters. ``extradata`` begins with 1 where units have their length in front (mp4, Matroska);
-    elsewhere they have start codes.
+    With periodic intra refresh it does not: the picture is complete only some frames later.
     """
-    units = list(_units(packet, extradata))
-    slices = [unit for unit in units if unit[0] & 31 in _SLICES]
-    is_disposable = all(unit[0] & 31 in _WITHOUT_EFFECT for unit in units) and not any(
-        unit[0] >> 5 & 3 for unit in slices
+    slices = (unit for unit in _units(packet, extradata) if unit[0] & 31 in _SLICES)
+    first = next(slices, None)
+    return first is not None and _is_intra_slice(bytes(first[:9]))
+
+
+def is_disposable_h264(packet: Buffer, extradata: bytes | None) -> bool:
+    """Whether no later packet needs this one: its slices have ``nal_ref_idc`` 0 (H.264, 7.4.1), and it sets nothing."""
+    headers = [unit[0] for unit in _units(packet, extradata)]
+    return (
+        any(header & 31 == _PLAIN_SLICE for header in headers)
+        and not any(header & 31 == _PLAIN_SLICE and header & 96 for header in headers)
+        and all(header & 31 in _WITHOUT_EFFECT for header in headers)
     )
-    return bool(slices) and _is_intra_slice(bytes(slices[0][:9])), bool(slices) and is_disposable
 
 
 def _units(packet: Buffer, extradata: bytes | None) -> Iterator[memoryview]:
-    """The units of an H.264 packet that are not empty, from their header on."""
+    """The units of an H.264 packet that are not empty, from their header on.
+
+    ``extradata`` begins with 1 where they have their length in front (mp4, Matroska); elsewhere they have start codes.
+    """
     view = memoryview(packet)
     if extradata and extradata[0] == 1 and len(extradata) > 4:
         prefix = (extradata[4] & 3) + 1

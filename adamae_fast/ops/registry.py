@@ -222,8 +222,12 @@ def describe(tensor: Tensor) -> str:
 
 def check_floating(name: str, tensor: Tensor, shape: Sequence[int | None], letters: str) -> None:
     """Raise ValueError unless ``tensor`` is floating point and has ``shape`` (None: any size)."""
-    fits = tensor.dim() == len(shape) and all(s is None or s == t for s, t in zip(shape, tensor.shape, strict=True))
-    if not (fits and tensor.is_floating_point()):
+    fits = tensor.is_floating_point() and tensor.dim() == len(shape)
+    if fits:
+        # A plain loop: a generator costs a microsecond more, a tenth of what a small operation takes.
+        for wanted, size in zip(shape, tensor.shape, strict=True):
+            fits = fits and (wanted is None or wanted == size)
+    if not fits:
         sizes = ", ".join(c if s is None else f"{c}={s}" for c, s in zip(letters, shape, strict=True))
         raise ValueError(f"{name} has {describe(tensor)}; pass a floating-point tensor of shape ({sizes})")
 

@@ -19,7 +19,7 @@ from adamae_fast.config import DecoderName
 from adamae_fast.data import decode
 from adamae_fast.data.decode import EncodedVideo, VideoError, decord_is_installed, open_entry, open_video
 from adamae_fast.data.manifest import Entry
-from adamae_fast.data.packets import inspect_h264, presentation_times
+from adamae_fast.data.packets import is_disposable_h264, presentation_times, restarts_h264
 
 WriteVideo = Callable[..., Path]
 Numbers = Callable[[Any], list[int]]
@@ -324,7 +324,8 @@ def test_pictures_that_nobody_needs_are_not_decoded(
 
 def test_header_too_short_to_tell_how_slices_are_stored() -> None:
     for extradata in (b"\x01", b"\x01\x42\xc0\x1e", b"", None):
-        assert inspect_h264(b"\x00\x00\x00\x02\x65\x88", extradata) == (False, False)
+        assert not restarts_h264(b"\x00\x00\x00\x02\x65\x88", extradata)
+        assert not is_disposable_h264(b"\x00\x00\x00\x02\x65\x88", extradata)
     assert presentation_times([], 0) == (None, [])
 
 
