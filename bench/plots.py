@@ -132,12 +132,13 @@ def throughput(result: Result) -> Figure:
 PICTURES = {"step": step, "memory": memory, "throughput": throughput}
 
 
-def draw(found: dict[str, list[Result]], folder: Path) -> dict[str, list[Path]]:
-    """Write a PNG beside the page for every result that has a picture; return their paths by command."""
-    written: dict[str, list[Path]] = {}
+def draw(found: dict[str, list[Result]], folder: Path) -> list[Path]:
+    """Write a PNG beside the page for every result that has a picture; return their paths."""
+    written: list[Path] = []
     for name, make in PICTURES.items():
         for result in found.get(name, []):
             path = folder / f"{result['file']}.png"
+            folder.mkdir(exist_ok=True)
             make(result).savefig(path, dpi=150, metadata={"Software": None})
-            written.setdefault(name, []).append(path)
+            written.append(path)
     return written

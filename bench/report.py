@@ -1,7 +1,7 @@
 """Everything in ``bench/results`` as one page with pictures: ``python -m bench.report`` writes docs/results.md.
 
-Nothing on the page is typed by hand: figures, conditions and commit come from the result files, and what no file holds
-is "not measured".
+It also writes the README's headline table. Nothing of both is typed by hand: figures, conditions and commit come from
+the result files, and what no file holds is "not measured".
 """
 
 from __future__ import annotations
@@ -14,10 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from bench import conditions, plots
-from bench.results import COLUMNS, cells
+from bench.results import COLUMNS, cells, conditions_of
 
 RESULTS = conditions.ROOT / "bench" / "results"
 PAGE = conditions.ROOT / "docs" / "results.md"
+
+README = conditions.ROOT / "README.md"
+
+MARKS = ("<!-- figures, written by python -m bench.report -->\n", "<!-- end of figures -->\n")
+"""Around the headline in the README."""
+
+HEADLINE = ("tuned", "tuned+compile", "ours-none", "ours-none+graph", "ours-fc1", "ours-fc1+graph")
+"""Arms beside the baseline that the README shows."""
 
 MISSING = "not measured"
 
@@ -93,7 +101,7 @@ def step_section(result: Result) -> list[str]:
     lines += [f"Model: {result['model']}; {result['gflop_per_clip']} GFLOP a clip, forward and backward.", ""]
     memory = ("allocated GB", "reserved GB") if gpu else ("kept MB a clip", "peak of a step MB")
     columns = (
-        "arm", "batch", "ms [p20, p80]", f"× {result['speedup_over']}", "clips/s", "MFU", *memory,
+        "arm", "batch", "ms [p20, p80]", f"× {result['speedup_over']}", "CPU ms", "clips/s", "MFU", *memory,
         "reads", "reads by optimizer", "waits", "launches",
     )  # fmt: skip
     rows = []
@@ -106,6 +114,7 @@ def step_section(result: Result) -> list[str]:
                 str(row["batch"]),
                 f"{row['ms']:.1f} [{row['ms_p20']:.1f}, {row['ms_p80']:.1f}]",
                 number(result["speedup"].get(str(row["batch"]), {}).get(row["arm"]), digits=2),
+                number(row["cpu_ms"]),
                 number(row["clips_per_s"], digits=2),
                 number(row["mfu"], 0.01, unit=" %") if gpu else "–",
                 *(number(row.get(key), scale, 2 if gpu else 1) for key in keys),
@@ -114,9 +123,22 @@ def step_section(result: Result) -> list[str]:
         )
     lines += table(columns, rows)
     lines += [f"* {name}: {reason}" for name, reason in result["skipped"].items()]
+    lines += ["", *what_ran(result["rows"])]
     if not gpu:
         lines += ["", *cpu_goals(result)]
     return [*lines, ""]
+
+
+def what_ran(rows: list[Result]) -> list[str]:
+    """Attention and implementation of the operations, arms with the same ones together."""
+    arms: dict[str, list[str]] = {}
+    for row in rows:
+        calls = ", ".join(f"`{name.removeprefix('aten::')}` {n} times" for name, n in row["attention_ran"].items())
+        operations = f"; operations: {row['operations']}" if "operations" in row else ""
+        same = arms.setdefault(f"attention of a step: {calls or 'none fused'}{operations}", [])
+        if row["arm"] not in same:
+            same.append(row["arm"])
+    return ["What ran, by the profile of one step:", "", *(f"* {', '.join(x)}: {what}" for what, x in arms.items())]
 
 
 def cpu_goals(result: Result) -> list[str]:
@@ -172,16 +194,17 @@ def memory_section(result: Result) -> list[str]:
 def throughput_section(result: Result) -> list[str]:
     """Clips a second by strategy and batch."""
     lines = [f"### {result['conditions']['device']}", "", caption(result), ""]
-    columns = ("arm", "mask", "batch", "ms [p20, p80]", "clips/s", "tokens/s", "MFU")
+    columns = ("arm", "mask", "batch", "clips from", "ms [p20, p80]", "CPU ms", "clips/s", "tokens/s", "MFU")
     rows: list[tuple[str, ...]] = []
     for row in result["rows"]:
-        head = (row["arm"], f"{row['strategy']} {row['ratio']:g}", str(row["batch"]))
+        source = {"device": "the device", "pinned": "pinned host memory"}[row["clips"]]
+        head = (row["arm"], f"{row['strategy']} {row['ratio']:g}", str(row["batch"]), source)
         if "refused" in row:
-            rows.append((*head, row["refused"], "–", "–", "–"))
+            rows.append((*head, row["refused"], *"––––"))
             continue
         ms = f"{row['ms']:.1f} [{row['ms_p20']:.1f}, {row['ms_p80']:.1f}]"
         mfu = "–" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        rows.append((*head, ms, f"{row['clips_per_s']:.2f}", f"{row['tokens_per_s']:.0f}", mfu))
+        rows.append((*head, ms, number(row["cpu_ms"]), f"{row['clips_per_s']:.2f}", f"{row['tokens_per_s']:.0f}", mfu))
     return lines + table(columns, rows)
 
 
@@ -197,8 +220,8 @@ def profile_section(result: Result) -> list[str]:
 
 
 def kernels_section(result: Result) -> list[str]:
-    """Single operations."""
-    lines = [f"### {result['conditions']['device']}", "", caption(result), ""]
+    """Single operations, which may have been measured at different times."""
+    lines = [f"### {result['conditions']['device']}", "", f"{conditions_of(result['rows'])}.", ""]
     return lines + table(COLUMNS, cells(result["rows"]))
 
 
@@ -220,8 +243,54 @@ reads its own step counters, which lie in host memory.
 """
 
 
-def page(found: dict[str, list[Result]], pictures: dict[str, list[str]]) -> str:
-    """The whole Markdown text; ``pictures`` are paths from the page, by command."""
+def missing_devices(results: list[Result]) -> list[str]:
+    """Kinds of device that none of the results is of."""
+    measured = {"GPU" if result["conditions"].get("driver") else "CPU" for result in results}
+    return [device for device in ("GPU", "CPU") if device not in measured]
+
+
+def headline(found: dict[str, list[Result]]) -> str:
+    """The README's table: a training step of the baseline and of the arms of :data:`HEADLINE`."""
+    lines: list[str] = []
+    results = [result for result in found.get("step", []) if not result["quick"]]
+    for result in results:
+        gpu = bool(result["conditions"].get("driver"))
+        base = result["speedup_over"]
+        memory = "allocated peak, GB" if gpu else "kept for the backward, MB a clip"
+        key, scale = ("allocated_bytes", 1e9) if gpu else ("saved_bytes_per_clip", 1e6)
+        rows = [
+            (
+                row["arm"],
+                str(row["batch"]),
+                f"{row['ms']:.{1 if gpu else 0}f}",
+                number(result["speedup"][str(row["batch"])].get(row["arm"]), digits=2),
+                number(row[key], scale, 2 if gpu else 0),
+            )
+            for row in result["rows"]
+            if row["arm"] in (base, *HEADLINE)
+        ]
+        lines += table(("a training step", "batch", "ms", f"× {base}", memory), rows)
+        lines += [f"{result['model']}. {caption(result)}", ""]
+    lines += [f"A training step on a {device}: {MISSING}.\n" for device in missing_devices(results)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def with_headline(readme: str, found: dict[str, list[Result]]) -> str:
+    """The README with what is between its marks written anew."""
+    assert all(mark in readme for mark in MARKS)
+    before, _, rest = readme.partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    return f"{before}{MARKS[0]}\n{headline(found)}\n{MARKS[1]}{after}"
+
+
+def pictures_of(found: dict[str, list[Result]]) -> dict[str, list[str]]:
+    """Paths of the pictures, seen from the page."""
+    return {name: [f"results/{x['file']}.png" for x in found[name]] for name in plots.PICTURES if name in found}
+
+
+def page(found: dict[str, list[Result]]) -> str:
+    """The whole Markdown text."""
+    pictures = pictures_of(found)
     lines = ["<!-- generated by python -m bench.report; do not edit -->", "", "# Results", "", EXPLAINED]
     for name, (title, section) in SECTIONS.items():
         lines += [f"## {title}", ""]
@@ -229,10 +298,7 @@ def page(found: dict[str, list[Result]], pictures: dict[str, list[str]]) -> str:
         for result in results:
             lines += section(result)
         lines += [f"![{title}]({picture})\n" for picture in pictures.get(name, [])]
-        if not any(result["conditions"].get("cuda") for result in results):
-            lines += [f"On a GPU: {MISSING}.", ""]
-        if not results:
-            lines += [f"On a CPU: {MISSING}.", ""]
+        lines += [f"On a {device}: {MISSING}.\n" for device in missing_devices(results)]
     text = "\n".join(lines)
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
@@ -248,12 +314,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     found = read(options.results)
     print(f"{sum(map(len, found.values()))} result files in {options.results}")
-    folder = options.page.parent / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = plots.draw(found, folder)
-    relative = {name: [f"results/{path.name}" for path in paths] for name, paths in pictures.items()}
-    options.page.write_text(page(found, relative))
-    files = [str(path) for paths in pictures.values() for path in paths]
+    options.page.parent.mkdir(parents=True, exist_ok=True)
+    pictures = plots.draw(found, options.page.parent / "results")
+    options.page.write_text(page(found))
+    if options.page == PAGE:
+        README.write_text(with_headline(README.read_text(), found))
+    files = [str(path) for path in pictures]
     print(f"written: {options.page}")
     summary = {
         "command": "report",
