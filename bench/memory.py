@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
             say("largest batch")
     result = {
         "conditions": taken,
-        "what": "allocated peak, bytes, batch 16" if gpu else "kept for the backward, bytes a clip, fp32, batch 2",
+        "what": "allocated peak at batch 16" if gpu else "kept for the backward, for each clip, fp32 at batch 2",
         "rows": rows,
         "largest_batch": None,
     }

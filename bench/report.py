@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import conditions, plots
-from bench.results import COLUMNS, cells, conditions_of
+from bench.measure import ours
+from bench.registry import ENTRIES
+from bench.results import by_operation, conditions_of, has_ours, judge, speedup
 
 RESULTS = conditions.ROOT / "bench" / "results"
 PAGE = conditions.ROOT / "docs" / "results.md"
@@ -28,6 +30,8 @@ HEADLINE = ("tuned", "tuned+compile", "ours-none", "ours-none+graph", "ours-fc1"
 """Arms beside the baseline that the README shows."""
 
 MISSING = "not measured"
+
+QUICK = "**A quick run at tiny sizes: its figures mean nothing.**"
 
 Result = dict[str, Any]
 
@@ -77,8 +81,7 @@ def caption(result: Result) -> str:
     """Hardware, versions, commit, load, in one line."""
     taken = result["conditions"]
     words = "; ".join(f"{key} {taken[key]}" for key in CONDITIONS if taken.get(key))
-    quick = " **A quick run of a tiny model: its figures mean nothing.**" if result.get("quick") else ""
-    return f"{words}.{quick}"
+    return f"{words}. {QUICK}" if result.get("quick") else f"{words}."
 
 
 def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -133,9 +136,9 @@ def what_ran(rows: list[Result]) -> list[str]:
     """Attention and implementation of the operations, arms with the same ones together."""
     arms: dict[str, list[str]] = {}
     for row in rows:
-        calls = ", ".join(f"`{name.removeprefix('aten::')}` {n} times" for name, n in row["attention_ran"].items())
-        operations = f"; operations: {row['operations']}" if "operations" in row else ""
-        same = arms.setdefault(f"attention of a step: {calls or 'none fused'}{operations}", [])
+        calls = " and ".join(f"`{name.removeprefix('aten::')}` {n} times" for name, n in row["attention_ran"].items())
+        operations = f"; operations in {row['operations']}" if "operations" in row else ""
+        same = arms.setdefault(f"{calls or 'no fused attention'}{operations}", [])
         if row["arm"] not in same:
             same.append(row["arm"])
     return ["What ran, by the profile of one step:", "", *(f"* {', '.join(x)}: {what}" for what, x in arms.items())]
@@ -220,9 +223,33 @@ def profile_section(result: Result) -> list[str]:
 
 
 def kernels_section(result: Result) -> list[str]:
-    """Single operations, which may have been measured at different times."""
-    lines = [f"### {result['conditions']['device']}", "", f"{conditions_of(result['rows'])}.", ""]
-    return lines + table(COLUMNS, cells(result["rows"]))
+    """Each operation as a whole, and the goals; operations may have been measured at different times."""
+    rows = result["rows"]
+    lines = [f"### {result['conditions']['device']}", "", f"{conditions_of(rows)}.", ""]
+    if any(row.get("quick") for row in rows):
+        lines += [QUICK, ""]
+    operations = by_operation(rows)
+    cells = []
+    for name, modes in operations.items():
+        mode = ENTRIES[name].modes[-1]
+        arms = modes.get(mode, {})
+        if not has_ours(arms):
+            continue
+        mine = ours(arms)
+        faster = [number(speedup(arms, over), digits=2) for over in ("published", "compiled")]
+        peaks = [number(_peak(arms, arm), 1e6, 2) for arm in (mine, "published", "compiled")]
+        cells.append((name, mode, mine, f"{float(arms[mine]['median_us']):.1f}", *faster, *peaks))
+    columns = ("operation", "mode", "ours", "median µs", "× published", "× compiled")
+    lines += table((*columns, "peak MB", "published, MB", "compiled, MB"), cells)
+    verdicts = judge(operations, "cuda" if result["conditions"].get("driver") else "cpu")
+    missed = [verdict for verdict in verdicts if not verdict.met]
+    lines += [f"{len(verdicts) - len(missed)} of {len(verdicts)} goals are met.{' Missed:' if missed else ''}", ""]
+    lines += [f"* {x.operation}, {x.mode}: {x.goal}, measured {x.measured:g}" for x in missed]
+    return [*lines, "", "All modes and implementations: [kernels.md](kernels.md).", ""]
+
+
+def _peak(arms: Mapping[str, Mapping[str, str]], arm: str) -> int | None:
+    return int(arms[arm]["peak_bytes"]) if arm in arms else None
 
 
 SECTIONS = {
@@ -243,10 +270,13 @@ reads its own step counters, which lie in host memory.
 """
 
 
-def missing_devices(results: list[Result]) -> list[str]:
-    """Kinds of device that none of the results is of."""
+def not_measured(results: list[Result]) -> str:
+    """The kinds of device that none of the results is of; nothing where there is none."""
     measured = {"GPU" if result["conditions"].get("driver") else "CPU" for result in results}
-    return [device for device in ("GPU", "CPU") if device not in measured]
+    missing = [f"on a {device}" for device in ("GPU", "CPU") if device not in measured]
+    if len(missing) == 2:
+        return f"measured neither {' nor '.join(missing)}"
+    return f"{MISSING} {missing[0]}" if missing else ""
 
 
 def headline(found: dict[str, list[Result]]) -> str:
@@ -271,7 +301,8 @@ def headline(found: dict[str, list[Result]]) -> str:
         ]
         lines += table(("a training step", "batch", "ms", f"× {base}", memory), rows)
         lines += [f"{result['model']}. {caption(result)}", ""]
-    lines += [f"A training step on a {device}: {MISSING}.\n" for device in missing_devices(results)]
+    if missing := not_measured(results):
+        lines.append(f"A whole training step is {missing} yet.")
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -298,7 +329,8 @@ def page(found: dict[str, list[Result]]) -> str:
         for result in results:
             lines += section(result)
         lines += [f"![{title}]({picture})\n" for picture in pictures.get(name, [])]
-        lines += [f"On a {device}: {MISSING}.\n" for device in missing_devices(results)]
+        if missing := not_measured(results):
+            lines += [f"This is {missing} yet.", ""]
     text = "\n".join(lines)
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")

@@ -70,7 +70,8 @@ def test_a_rehearsals_report_shows_its_figures(rehearsed: Path) -> None:
     text = (rehearsed / "page" / "results.md").read_text()
     assert all(f"{row['ms']:.1f} [" in text for row in result(rehearsed, "step")["rows"])
     assert "| (c) decoder | 8 blocks | 21.3 | published-like-fp32 |" in text
-    assert "| gather_tokens | backward |" in text
+    assert text.count("A quick run at tiny sizes") == 5
+    assert "| gather_tokens | full | cpp |" in text
     pictures = sorted((rehearsed / "page" / "results").iterdir())
     assert [path.name.partition("_")[0] for path in pictures] == ["memory", "step", "throughput"]
     assert all(f"(results/{path.name})" in text for path in pictures)

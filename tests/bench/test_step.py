@@ -1,5 +1,6 @@
 """Whole-step measurements at tiny sizes: arms agree, and what is counted is what happened."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import torch
 
 from adamae_fast.cli import main as adamae_fast
 from adamae_fast.config import ModelConfig
-from bench import arms, checkout, command, conditions, memory, profile, step
+from adamae_fast.train.step import Stepper
+from bench import arms, checkout, command, conditions, memory, profile, step, throughput
 from bench.timing import Plan
 
 # torch's compiler looks at .grad of what crosses from one graph to the next.
@@ -89,6 +91,52 @@ def test_rearrange_is_einops() -> None:
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--published=.*optim_factory.py not found"):
         checkout.Checkout.open(tmp_path)
+
+
+def test_rows_of_another_batch_size_stay_where_all_else_is_the_same(tmp_path: Path) -> None:
+    options = argparse.Namespace(out=tmp_path, quick=True)
+
+    def measured(batch: int, ms: float, **other: str) -> dict:
+        taken = {"device": "cpu", "cores": "2", "commit": "abc", "date": f"day {batch}", "load": "0", **other}
+        rows = [
+            {"arm": arm, "batch": batch, "ms": ms / i} for i, arm in enumerate(("published-fp32", "tuned"), start=1)
+        ]
+        return {"conditions": taken, "model": "nano", "rows": rows, "skipped": {f"arm-{batch}": "none"}}
+
+    command.finish("step", step.with_other_batches(measured(32, 10), options), options)
+    both = step.with_other_batches(measured(16, 6), options)
+    assert [(row["batch"], row["ms"]) for row in both["rows"]] == [(16, 6), (16, 3), (32, 10), (32, 5)]
+    assert both["speedup"] == {batch: {"published-fp32": 1.0, "tuned": 2.0} for batch in ("16", "32")}
+    assert set(both["skipped"]) == {"arm-16", "arm-32"}
+    again = step.with_other_batches(measured(32, 8), options)
+    assert [row["ms"] for row in again["rows"]] == [8, 4]
+    other = step.with_other_batches(measured(16, 6, commit="def"), options)
+    assert {row["batch"] for row in other["rows"]} == {16}
+
+
+def test_clips_in_pinned_memory_are_uploaded_by_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+    taken: list[int] = []
+    accumulate = Stepper.accumulate
+
+    def pin(video: torch.Tensor) -> torch.Tensor:
+        pinned.append(video.clone())
+        return pinned[-1]
+
+    def spy(self: Stepper, video: torch.Tensor) -> None:
+        taken.append(video.data_ptr())
+        accumulate(self, video)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Stepper, "accumulate", spy)
+    monkeypatch.setattr(throughput, "CLIPS", {"cpu": ("device", "pinned")})
+    model, mask = command.TINY
+    setting = arms.Setting(model=model, mask=mask, batch_size=1, device=CPU)
+    rows = throughput.measure(setting, "ours-none", Plan(warm_up=0, rounds=1, block=2))
+    assert [row["clips"] for row in rows] == ["device", "pinned"]
+    (clips,) = pinned
+    assert clips.dtype == torch.uint8
+    assert [pointer == clips.data_ptr() for pointer in taken] == [False] * 3 + [True] * 3
 
 
 def test_an_arm_that_does_not_exist_is_named() -> None:
