@@ -1,4 +1,4 @@
-"""All measurements of one machine in one go, resumed where they were cut off: ``make gpu``, ``make gpu-rehearsal``.
+"""What counts most of one machine in one go, resumed where it was cut off: ``make gpu``, ``make gpu-rehearsal``.
 
 An ordered list of steps, each a command of its own. A step that ended well for this commit is not run again, so the
 same call goes on where it was cut off. It needs torch, Triton, pytest and what this package imports without the command

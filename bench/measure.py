@@ -22,10 +22,13 @@ from adamae_fast.testing import InputFactory, OpShape
 from bench.conditions import ROOT
 from bench.peak import peak_extra_bytes
 from bench.registry import CUDA_GATES, Entry, Inputs, Mode, Outputs
-from bench.timing import Plan, Timing, time_in_turns
+from bench.timing import Call, Plan, Timing, time_in_turns
 
 COMPILE_BACKEND = "inductor"
 """Of torch.compile, with its default options."""
+
+COMPILED_TOGETHER: tuple[tuple[Mode, ...], ...] = (("forward", "full"), ("backward",))
+"""Modes that take the same compiled code: a backward that is timed alone needs its own."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Largest error allowed of an arm, as a share of the largest value of the truth. The tests are far stricter with ours;
@@ -256,24 +259,28 @@ def measure(
     inputs = draw_inputs(entry, shape, dtype, device)
     grad = _draw_grad(entry, inputs) if entry.differentiable else None
     parity = _Parity(entry, inputs, grad, dtype)
-    for mode in entry.modes:
-        with _compile_settings(mode):
-            calls = {}
+    for modes in COMPILED_TOGETHER if entry.differentiable else (("forward",),):
+        with _compile_settings(modes[0]):
+            calls: dict[Mode, dict[str, Call]] = {mode: {} for mode in modes}
             for name, arm in all_arms(entry, inputs).items():
                 if name in measured.refused:
                     continue
-                say(f"{mode}, {name}: parity")
+                say(f"{' and '.join(modes)}, {name}: parity")
                 try:
-                    if fault := parity.fault(arm, mode):
+                    if fault := parity.fault(arm, modes[0]):
                         measured.refused[name] = fault
                         continue
-                    calls[name] = prepare(entry, arm, inputs, grad, mode)
+                    for mode in modes:
+                        calls[mode][name] = prepare(entry, arm, inputs, grad, mode)
                 except Exception as error:  # a compiler or a kernel may fail in any way; the others are measured
                     measured.refused[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            say(f"{mode}: timing")
-            timings = time_in_turns(calls, device, plan)
-            for name, timing in timings.items():
-                measured.figures[name, mode] = Figure(timing, peak_extra_bytes(calls[name], device))
+            for mode in modes:
+                say(f"{mode}: timing")
+                timings = time_in_turns(calls[mode], device, plan)
+                for name, timing in timings.items():
+                    measured.figures[name, mode] = Figure(timing, peak_extra_bytes(calls[mode][name], device))
+    order = entry.modes
+    measured.figures = dict(sorted(measured.figures.items(), key=lambda figure: order.index(figure[0][1])))
     return measured
 
 

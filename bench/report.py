@@ -127,7 +127,7 @@ def step_section(result: Result) -> list[str]:
     lines += table(columns, rows)
     lines += [f"* {name}: {reason}" for name, reason in result["skipped"].items()]
     lines += ["", *what_ran(result["rows"])]
-    if not gpu:
+    if not gpu and not result["quick"]:
         lines += ["", *cpu_goals(result)]
     return [*lines, ""]
 
@@ -266,7 +266,8 @@ stand-in of the same operations that keeps the same tensors; **tuned**, plain Py
 gathers, vectorised losses and fused AdamW; **ours** with what `train.recompute` computes again. Every arm gave the loss
 and the gradients of the reference in fp32 before it was timed. Ratios are taken inside one run. *Reads* are calls of
 `item`, `nonzero`, `is_nonzero`, `_local_scalar_dense` in a step outside the optimizer; torch's fused AdamW on the CPU
-reads its own step counters, which lie in host memory.
+reads its own step counters, which lie in host memory. *CPU ms*: of all threads of the process in a step; on a GPU, waiting
+for it counts.
 """
 
 
