@@ -6,6 +6,7 @@ chrome://tracing and Perfetto show.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -86,6 +87,15 @@ def count(profile: torch.profiler.profile, device: torch.device) -> Counts:
         launches=sum(names[name] for name in LAUNCHES),
         operators=sum(number for name, number in names.items() if name.startswith(("aten::", "adamae_fast::"))),
     )
+
+
+def attention_that_ran(profile: torch.profiler.profile, device: torch.device) -> dict[str, int]:
+    """Calls of fused attention's forward by name: kernels on a GPU, whoever launched them; operators on a CPU."""
+    where = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    pattern = re.compile(r"flash|fmha|sdpa|attn" if device.type == "cuda" else r"^aten::_scaled_dot_product_")
+    names = [event.name for event in profile.events() or [] if event.device_type == where]
+    forward = [name for name in names if pattern.search(name) and not re.search("backward|bwd", name)]
+    return dict(Counter(re.split(r"[<(]", name.removeprefix("void "))[0] for name in forward))
 
 
 def top_operators(profile: torch.profiler.profile, device: torch.device, number: int = 15) -> list[dict[str, Any]]:
