@@ -252,10 +252,44 @@ def _peak(arms: Mapping[str, Mapping[str, str]], arm: str) -> int | None:
     return int(arms[arm]["peak_bytes"]) if arm in arms else None
 
 
+def data_section(result: Result) -> list[str]:
+    """What the data path delivers."""
+    lines = [f"### {result['conditions']['device']}", "", caption(result), ""]
+    lines += [f"{result['videos']} videos of each set, rendered and encoded for this (`bench/videos.py`).", ""]
+    columns = ("videos", "files", "arm", "crops", "workers", "clips/s", "decoded frames/s", "CPU ms a clip")
+    lines += table(
+        columns,
+        [
+            (
+                *(str(row[key]) for key in ("data", "files", "arm", "repeat")),
+                str(row["workers"] or "–"),
+                f"{row['clips_per_s']:.1f}",
+                f"{row['decoded_frames_per_s']:.0f}" if "decoded_frames_per_s" in row else "–",
+                number(row.get("cpu_s_per_clip"), 1e-3) if "cpu_s_per_clip" in row else "–",
+            )
+            for row in result["rows"]
+        ],
+    )
+    goals = [
+        (goal["goal"], f"≥ {goal['least']:g}", f"{goal['measured']:.2f}", "yes" if goal["met"] else "no")
+        for goal in result["goals"]
+    ]
+    lines += table(("clips a second, one process", "goal", "measured", "met"), goals)
+    for name, costs in result["prepared"].items():
+        before, after = costs["original_bytes_per_video"] / 1e6, costs["prepared_bytes_per_video"] / 1e6
+        seconds = f"{costs['seconds_per_video']:.2f} s a video"
+        lines.append(f"* Preparing {name}: {seconds}, {before:.2f} MB before, {after:.2f} MB after.")
+    if memory := result.get("memory"):
+        first, last = memory["resident_mb"][0], memory["resident_mb"][-1]
+        lines.append(f"* Opening {memory['opens']} files: resident memory went from {first:.0f} to {last:.0f} MB.")
+    return [*lines, ""]
+
+
 SECTIONS = {
     "step": ("A training step", step_section),
     "memory": ("Memory: Table 1 of the paper", memory_section),
     "throughput": ("Throughput by batch and mask", throughput_section),
+    "data": ("What the data path delivers", data_section),
     "profile": ("Where a step spends its time", profile_section),
     "kernels": ("Single operations", kernels_section),
 }
@@ -267,7 +301,7 @@ gathers, vectorised losses and fused AdamW; **ours** with what `train.recompute`
 and the gradients of the reference in fp32 before it was timed. Ratios are taken inside one run. *Reads* are calls of
 `item`, `nonzero`, `is_nonzero`, `_local_scalar_dense` in a step outside the optimizer; torch's fused AdamW on the CPU
 reads its own step counters, which lie in host memory. *CPU ms*: of all threads of the process in a step; on a GPU, waiting
-for it counts.
+for it counts. Arms of the data path: see `bench/data.py`.
 """
 
 
