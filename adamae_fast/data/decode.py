@@ -59,6 +59,9 @@ class VideoFile(Protocol):
     def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Frames:
         """Upright RGB frames (T, H, W, 3); ids may repeat. Raises IndexError for one outside 0..num_frames-1."""
 
+    def in_order(self, short_side: int) -> Iterator[Frames]:
+        """All frames (H, W, 3), one after another, of the size that :func:`fitted_size` says."""
+
     def close(self) -> None:
         """Give the file back. The object cannot be used afterwards."""
 
@@ -140,6 +143,18 @@ class EncodedVideo:
     def _source(self) -> str | BinaryIO:
         """What the decoders open."""
         return self._file
+
+    def in_order(self, short_side: int) -> Iterator[Frames]:
+        """See :class:`VideoFile`. One complete decode, by PyAV."""
+        size = fitted_size(*self._upright_size(), short_side)
+        count = 0
+        with _errors_of_pyav(self.path, "damaged, its frames do not decode"):
+            self._reopen()
+            for frame in self._container.decode(self._stream):
+                yield self._upright_rgb(frame, size)
+                count += 1
+        if count != self.num_frames:
+            raise VideoError(self.path, f"damaged: {count} of {self.num_frames} frames decode")
 
     def _open(self) -> None:
         import av
@@ -263,12 +278,17 @@ class EncodedVideo:
         return sum(1 for _ in self._container.decode(self._stream))
 
     def _reopen(self) -> None:
-        self._container.close()
+        self.close()
         self._open()
 
-    def _upright_rgb(self, frame: Any) -> Frames:
-        # Frames that change size in mid-stream are brought to the first one's, as decord does.
-        width, height = self._frame_size
+    def _upright_rgb(self, frame: Any, size: tuple[int, int] | None = None) -> Frames:
+        """``size``: upright height and width; by default the first frame's.
+
+        Frames that change size in mid-stream are brought to that of the first one, as decord does.
+        """
+        height, width = size or self._upright_size()
+        if self._turns % 2:
+            height, width = width, height
         rgb = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC", threads=1)
         return np.rot90(rgb, self._turns)
 
@@ -348,6 +368,18 @@ class FrameFolder:
             raise VideoError(self.path, f"images of different sizes (height, width): {sorted(sizes)}")
         return _select(np.stack(frames), wanted, inverse)
 
+    def in_order(self, short_side: int) -> Iterator[Frames]:
+        """See :class:`VideoFile`."""
+        from PIL import Image
+
+        first = self._image(self._names[0]).shape
+        height, width = fitted_size(first[0], first[1], short_side)
+        for name in self._names:
+            frame = self._image(name)
+            if frame.shape != first:
+                raise VideoError(self.path, f"images of different sizes: {name} has {frame.shape[:2]}, not {first[:2]}")
+            yield np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+
     def _image(self, name: str) -> Frames:
         from PIL import Image
 
@@ -357,6 +389,16 @@ class FrameFolder:
         # SyntaxError is Pillow's word for a broken PNG, EOFError for a cut-off file.
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise VideoError(self.path, f"{name}: {error}") from error
+
+
+def fitted_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width with a short side of at most ``short_side``, which is even: same shape, even, never enlarged."""
+    scale = min(1.0, short_side / min(height, width))
+    return _even(height, scale), _even(width, scale)
+
+
+def _even(side: int, scale: float) -> int:
+    return max(2, min(2 * round(side * scale / 2), side // 2 * 2))
 
 
 def _checked(ids: Sequence[int] | NDArray[np.int64], num_frames: int) -> tuple[list[int], NDArray[np.intp]]:

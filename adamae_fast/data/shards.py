@@ -21,6 +21,7 @@ import re
 import stat
 import tarfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -272,6 +273,28 @@ class ShardWriter:
         with self.path.with_suffix(".idx").open("w", encoding="ascii") as file:
             file.write("".join(f"{line}\n" for line in (f"v1.2 {len(self._idx)}", *self._idx)))
             _sync(file)
+
+    def abandon(self) -> None:
+        """Remove the file, which is not finished."""
+        with suppress(OSError):  # a full disk, once more
+            self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+def write_file(path: Path, text: str, scratch: Path) -> None:
+    """Replace a file at once, by way of ``scratch``: it holds its old text or the new one, never a part."""
+    draft = scratch / f"{path.name}.{os.getpid()}.tmp"
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        _sync(file)
+    draft.replace(path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line; it is on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        _sync(file)
 
 
 def _sync(file: Any) -> None:
