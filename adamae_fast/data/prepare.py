@@ -113,15 +113,14 @@ def prepare(
                     _encode_all(assembler, settings, num_workers, lock)
             except KeyboardInterrupt:
                 done = read_index(index.path)
-                print(f"stopped; {_whole(done)} whole in {folder}, the same command goes on", file=sys.stderr)
+                print(f"stopped; {_whole(done)} in {folder}; the same command goes on", file=sys.stderr)
                 return 130
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 done = read_index(index.path)
                 raise RunStoppedError(
-                    f"{folder}: {(error.strerror or '').lower()}; {_whole(done)} whole. Make room; the same command "
-                    "goes on"
+                    f"{folder}: {(error.strerror or '').lower()}; {_whole(done)}. Make room; the same command goes on"
                 ) from error
             index = read_index(index.path)
         _tidy(folder, index)
@@ -203,7 +202,11 @@ def _digest(entries: Sequence[Entry]) -> str:
 
 def _whole(index: PreparedIndex) -> str:
     videos = sum(len(shard.videos) for shard in index.shards)
-    return f"{len(index.shards)} shard{'s' * (len(index.shards) != 1)} with {videos} videos are"
+    return f"{_count(len(index.shards), 'shard')} with {_count(videos, 'video')} stand"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
 
 
 def _summarize(folder: Path, index: PreparedIndex) -> int:
@@ -211,7 +214,7 @@ def _summarize(folder: Path, index: PreparedIndex) -> int:
     unreadable = sum(len(shard.record["unreadable"]) for shard in index.shards)
     size = sum(video.length for video in videos) / 1e6
     num_shards = len({video.shard for video in videos})
-    print(f"{len(videos)} videos, {size:.1f} MB, in {num_shards} shard{'s' * (num_shards != 1)} in {folder}")
+    print(f"{_count(len(videos), 'video')}, {size:.1f} MB, in {_count(num_shards, 'shard')} in {folder}")
     if unreadable:
         print(f"{unreadable} unreadable; {folder / 'quarantine.jsonl'} says why")
     return int(unreadable > 0)
