@@ -224,7 +224,8 @@ class DataConfig:
     """Folder that relative paths of the manifest start from; the manifest's own folder if null."""
 
     decoder: DecoderName = "auto"
-    """auto: decord where it is installed and can open the file, otherwise PyAV; decord, pyav: that one only."""
+    """auto: the fastest that reads everything, which is PyAV; pyav, decord: that one. What decord cannot read:
+    docs/data.md."""
 
     stride: int = 4
     """Distance between two frames of a clip, in frames of the video."""

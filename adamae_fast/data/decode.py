@@ -1,9 +1,9 @@
 """Opens videos and folders of images, and reads single frames of them: the picture asked for, or :class:`VideoError`.
 
-Frame i is the i-th picture that comes out of a complete decode. decord is fast, but counts packets instead: with open
-groups of pictures, edit lists, hidden packets or wrong time stamps it returns other frames than those asked for,
-without a word. So PyAV first lists the file's packets (no decoding, a few per cent of a read). decord reads what it can
-address rightly, PyAV the rest; both return the same bytes.
+Frame i is the i-th picture that comes out of a complete decode; several of one time count as one. decord is fast, but
+counts packets instead: with open groups of pictures, edit lists, hidden packets or wrong time stamps it returns other
+frames than those asked for, without a word. So PyAV first lists the file's packets (no decoding, a few per cent of a
+read). decord reads what it can address rightly, PyAV the rest; both return the same bytes.
 
 Letters: T frames, H, W pixels.
 """
@@ -11,6 +11,7 @@ Letters: T frames, H, W pixels.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import stat
@@ -25,7 +26,15 @@ from numpy.typing import NDArray
 
 from adamae_fast.config import DecoderName
 from adamae_fast.data.manifest import Entry, numbered_images
-from adamae_fast.data.packets import Packet, find_decord_trap, is_disposable_h264, presentation_times, restarts_h264
+from adamae_fast.data.packets import (
+    I_SLICE,
+    P_SLICE,
+    Packet,
+    find_decord_trap,
+    h264_slice_kind,
+    is_h264_disposable,
+    presentation_times,
+)
 from adamae_fast.data.shards import DamagedVideoError, PreparedVideo
 
 Frames = NDArray[np.uint8]
@@ -84,10 +93,10 @@ def open_entry(entry: Entry, decoder: DecoderName = "auto") -> VideoFile:
 def open_video(path: str, decoder: DecoderName = "auto") -> VideoFile:
     """Open one video file.
 
-    ``decoder``: "decord" or "pyav" takes that one alone; "auto" takes decord where it is installed and reads the right
-    frames, and PyAV otherwise. Of several video streams FFmpeg's "best" is taken: the default one if only one is
-    marked so, then the one with more frames, then the higher bit rate. Rotations by 90, 180 and 270 degrees in the
-    metadata are carried out, others and mirroring ignored.
+    ``decoder``: "decord" takes decord; "pyav" and "auto" take PyAV, which reads more files, and faster. Of several
+    video streams FFmpeg's "best" is taken: the default one if only one is marked so, then the one with more frames, then
+    the higher bit rate. Rotations by 90, 180 and 270 degrees in the metadata are carried out, others and mirroring
+    ignored.
 
     Raises:
         VideoError: the file is missing, a folder, empty, no video, or does not decode.
@@ -115,36 +124,23 @@ class EncodedVideo:
         _require_file(path)
         self.path = path
         self._file = os.path.abspath(path)  # FFmpeg takes what stands before a colon for a protocol
-        self._choice = decoder
         with _errors_of_pyav(path, "no video, cut short or damaged"):
             self._open()
             self._index()
-        self.decoder = "pyav" if decoder == "pyav" or not decord_is_installed() or self._decord_trap else "decord"
+        self.decoder = decoder if decoder == "decord" else "pyav"
 
     def close(self) -> None:
         """Close the container."""
         self._container.close()
 
     def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Frames:
-        """See :class:`VideoFile`. With "auto", what decord cannot read is tried with PyAV."""
+        """See :class:`VideoFile`."""
         wanted, inverse = _checked(ids, self.num_frames)
         self.num_decoded = self._frames_on_the_way(wanted)
-        if self._choice == "decord" and self._decord_trap:
-            raise VideoError(self.path, f"decord would return wrong frames: {self._decord_trap}; use auto or pyav")
-        problem = ""
         if self.decoder == "decord":
-            try:
-                return _select(self._read_decord(wanted), wanted, inverse)
-            except VideoError:
-                if self._choice == "decord":
-                    raise
-                problem = "; decord could not read them either"
-                self.decoder = "pyav"
-        try:
-            with _errors_of_pyav(self.path, "damaged, these frames do not decode"):
-                return _select(self._read_pyav(wanted), wanted, inverse)
-        except VideoError as error:
-            raise VideoError(self.path, error.reason + problem) from error
+            return _select(self._read_decord(wanted), wanted, inverse)
+        with _errors_of_pyav(self.path, "damaged, these frames do not decode"):
+            return _select(self._read_pyav(wanted), wanted, inverse)
 
     def _source(self) -> str | BinaryIO:
         """What the decoders open."""
@@ -152,7 +148,7 @@ class EncodedVideo:
 
     def in_order(self, short_side: int) -> Iterator[Frames]:
         """See :class:`VideoFile`. One complete decode, by PyAV."""
-        size = fitted_size(*self._upright_size(), short_side)
+        size = fitted_size(self.height, self.width, short_side)
         count = 0
         with _errors_of_pyav(self.path, "damaged, its frames do not decode"):
             self._reopen()
@@ -183,15 +179,19 @@ class EncodedVideo:
     def _index(self) -> None:
         """List the packets, decode the first frame, and find out how frames are to be addressed."""
         codec = self._stream.codec_context
-        is_h264, extradata = codec.name == "h264", codec.extradata
         packets: list[Packet] = []
+        latest = -math.inf
         first = None
         for packet in self._container.demux(self._stream):
             if packet.size:
-                is_key = packet.is_keyframe
-                restarts = is_key and (not is_h264 or restarts_h264(packet, extradata))
-                is_disposable = is_h264 and not is_key and is_disposable_h264(packet, extradata)
-                packets.append(Packet(packet.pts, is_key, restarts, packet.is_discard, is_disposable))
+                is_early = packet.pts is not None and packet.pts < latest
+                latest = max(latest, latest if packet.pts is None else packet.pts)
+                kind = None
+                if codec.name == "h264" and (packet.is_keyframe or is_early):
+                    kind = h264_slice_kind(packet, codec.extradata)
+                restarts = packet.is_keyframe and (codec.name != "h264" or kind == I_SLICE)
+                is_misplaced = is_early and kind in (I_SLICE, P_SLICE)
+                packets.append(Packet(packet.pts, packet.is_keyframe, restarts, packet.is_discard, is_misplaced))
             if first is None:
                 first = next(iter(packet.decode()), None)
         if first is None:
@@ -203,8 +203,6 @@ class EncodedVideo:
         self._turns = first.rotation // 90 % 4 if first.rotation % 90 == 0 else 0
         self.height, self.width = self._frame_size if self._turns % 2 else self._frame_size[::-1]
         self._pts, self._key_pts = presentation_times(packets, first.pts)
-        disposable, others = (frozenset(p.pts for p in packets if p.is_disposable == is_it) for is_it in (True, False))
-        self._disposable_pts = disposable - others  # two packets of one time are the fields of one picture
         if self._container.format.name == "avi" and codec.has_b_frames:
             self._pts = None  # AVI stores no presentation times: these are guesses that do not fit the order
         self.num_frames = len(self._pts) if self._pts else self._count_frames()
@@ -213,6 +211,8 @@ class EncodedVideo:
         self._decord_trap = find_decord_trap(packets, self._pts, self._container.format.name, self._turns)
 
     def _read_decord(self, wanted: list[int]) -> Frames:
+        if self._decord_trap:
+            raise VideoError(self.path, f"decord would return wrong frames: {self._decord_trap}; use auto or pyav")
         decord = _import_decord()
         try:
             reader = decord.VideoReader(self._source(), ctx=decord.cpu(0), num_threads=1, fault_tol=NO_RECOVERED_FRAMES)
@@ -248,39 +248,58 @@ class EncodedVideo:
         return self._read_by_count(wanted)
 
     def _read_by_time(self, wanted: list[int], pts: list[int], start: int) -> Frames | None:
-        """Decode from the key frame at ``start``; None unless the first wanted one and its successors come in turn.
-
-        Pictures that nobody wants and no other one is made from are left out: with x264's defaults half of them.
-        """
+        """Decode from the key frame at ``start``; None unless the first wanted one and its successors come in turn."""
         import av
 
         needed = {pts[place] for place in wanted}
-        left_out = self._disposable_pts - needed
-        coming = (time for time in pts[wanted[0] :] if time not in left_out)
-
         try:
             self._container.seek(start, stream=self._stream)
         except av.error.FFmpegError:  # this container cannot seek
             return None
+        packets, times = self._needed_packets(needed)
+        self.num_decoded = len(packets)
+        due = [time for time in times if time >= min(needed)]
         found: list[Frames] = []
-        has_key = False
-        for packet in self._container.demux(self._stream):
-            if not has_key and packet.size:
-                has_key = packet.is_keyframe
-                if has_key and (packet.pts is None or packet.pts > pts[wanted[0]]):
-                    return None
-            if not has_key or packet.pts in left_out:
-                continue
-            for frame in packet.decode():
-                if frame.pts is not None and frame.pts < pts[wanted[0]]:
+        for packet in (*packets, None):  # None: the decoder gives what it has kept back
+            for frame in self._stream.decode(packet):
+                # What comes before the first one, and a second picture of the same time.
+                if frame.pts is not None and (not due or frame.pts < due[0]):
                     continue
-                if frame.pts != next(coming, None):
+                if not due or frame.pts != due.pop(0):
                     return None
                 if frame.pts in needed:
                     found.append(self._upright_rgb(frame))
-                    if len(found) == len(wanted):
-                        return np.stack(found)
-        return None
+        return np.stack(found) if len(found) == len(needed) else None
+
+    def _needed_packets(self, needed: set[int]) -> tuple[list[Any], list[int]]:
+        """What has to be decoded for the frames of these times, from here on, and the times of all its frames.
+
+        Pictures that nobody wants and no other one is made from are left out: with x264's defaults half of them.
+        Nothing where the file does not go on with a key frame before these times, or ends before them.
+        """
+        packets: list[Any] = []
+        missing = set(needed)
+        for packet in self._container.demux(self._stream):
+            if not packet.size or not (packets or packet.is_keyframe):
+                continue
+            if not packets and (packet.pts is None or packet.pts > min(needed)):
+                return [], []
+            if not missing and packet.pts not in needed:
+                break
+            packets.append(packet)
+            missing.discard(packet.pts)
+        if missing:
+            return [], []
+        codec = self._stream.codec_context
+        if codec.name == "h264":
+            disposable, others = set(), set(needed)
+            for packet in packets:
+                is_disposable = is_h264_disposable(packet, codec.extradata)
+                (disposable if is_disposable else others).add(packet.pts)
+            # Two packets of one time are the fields of one picture, of which both are needed or none.
+            packets = [packet for packet in packets if packet.pts not in disposable - others]
+        times = {packet.pts for packet in packets if packet.pts is not None and not packet.is_discard}
+        return packets, sorted(times)
 
     def _read_by_count(self, wanted: list[int]) -> Frames:
         """Decode the whole file and count; for files whose time stamps do not tell frames apart."""
@@ -308,7 +327,7 @@ class EncodedVideo:
 
         Frames that change size in mid-stream are brought to that of the first one, as decord does.
         """
-        height, width = size or self._upright_size()
+        height, width = size or (self.height, self.width)
         if self._turns % 2:
             height, width = width, height
         rgb = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC", threads=1)
@@ -324,7 +343,6 @@ class PreparedFile(EncodedVideo):
 
     def __init__(self, video: PreparedVideo, decoder: DecoderName) -> None:
         self.path = video.path
-        self._choice = decoder
         try:
             self._content = video.read()
         except DamagedVideoError as error:
@@ -333,12 +351,12 @@ class PreparedFile(EncodedVideo):
         self.fps = video.fps
         self.num_frames = video.num_frames
         self._frame_size = (video.width, video.height)
+        self.height, self.width = video.height, video.width
         self._turns = 0
         self._pts = None
         self._decord_trap = None
         self._container: Any = None  # opened when PyAV is to read from it
-        # PyAV's newer FFmpeg reads these files in 0.6 of decord's time.
-        self.decoder = "decord" if decoder == "decord" else "pyav"
+        self.decoder = decoder if decoder == "decord" else "pyav"
 
     def close(self) -> None:
         """Close the container, if it was opened."""
@@ -347,6 +365,9 @@ class PreparedFile(EncodedVideo):
 
     def _source(self) -> BinaryIO:
         return BytesIO(self._content)
+
+    def _frames_on_the_way(self, wanted: list[int]) -> int:
+        return wanted[-1] + 1 - wanted[0]  # key frames are close to one another
 
     def _read_pyav(self, wanted: list[int]) -> Frames:
         if self._container is None:

@@ -17,14 +17,11 @@ DECORD_CONTAINERS = frozenset(("mp4", "matroska"))
 _START_CODE = re.compile(rb"\x00\x00\x01")
 """In front of each unit of H.264 that is not stored with lengths."""
 
-_PLAIN_SLICE = 1
-"""Type of H.264 units that hold a part of a picture."""
-
-_SLICES = (_PLAIN_SLICE, 5)
-"""The same and those of a picture that begins a group."""
+_PLAIN_SLICE, _RESTARTING_SLICE = 1, 5
+"""Types of H.264 units that hold a part of a picture, of any one and of one that begins a group."""
 
 _WITHOUT_EFFECT = (_PLAIN_SLICE, 6, 9, 12)
-"""Slices, remarks, delimiters and filling: without the last three, all pictures decode alike."""
+"""Slices, remarks, delimiters and filling: no later picture decodes otherwise for want of the last three."""
 
 
 class Packet(NamedTuple):
@@ -37,13 +34,15 @@ class Packet(NamedTuple):
     """The container calls it a key frame."""
 
     restarts: bool
-    """A key frame that needs nothing from before, so that decoding can begin here."""
+    """A key frame that needs nothing from before, so that decoding can begin here. In H.264 it begins with an I slice:
+    with periodic intra refresh it does not, and the picture is complete only some frames later."""
 
     is_discard: bool
     """An edit list hides it."""
 
-    is_disposable: bool
-    """No other picture is made from it, so that a decoder need not see it; known for H.264 only."""
+    is_misplaced: bool = False
+    """It has a time before that of one that precedes it in the file, which only B pictures can have: times are wrong.
+    Known of H.264 only."""
 
 
 def presentation_times(packets: list[Packet], first_pts: int | None) -> tuple[list[int] | None, list[int]]:
@@ -51,8 +50,10 @@ def presentation_times(packets: list[Packet], first_pts: int | None) -> tuple[li
 
     Several packets of one time are one picture (hidden frames of VP8). What comes before the first key frame and before
     ``first_pts``, the time of the first frame that decodes, does not count, nor does what an edit list discards. The
-    times of the frames are None where a packet has no time.
+    times of the frames are None where a packet has no time, or where the times are wrong.
     """
+    if any(packet.is_misplaced for packet in packets):
+        return None, []
     first_key = next((place for place, packet in enumerate(packets) if packet.is_key), 0)
     usable = packets[first_key:]
     pts = [packet.pts for packet in usable if packet.pts is not None]
@@ -87,28 +88,27 @@ def find_decord_trap(packets: list[Packet], pts: list[int] | None, container: st
     return None
 
 
-def restarts_h264(packet: Buffer, extradata: bytes | None) -> bool:
-    """Whether a packet that is marked as a key frame begins with an I slice.
-
-    With periodic intra refresh it does not: the picture is complete only some frames later.
-    """
-    slices = (unit for unit in _units(packet, extradata) if unit[0] & 31 in _SLICES)
-    first = next(slices, None)
-    return first is not None and _is_intra_slice(bytes(first[:9]))
+P_SLICE, B_SLICE, I_SLICE = range(3)
+"""H.264's kinds of slices that matter here."""
 
 
-def is_disposable_h264(packet: Buffer, extradata: bytes | None) -> bool:
+def h264_slice_kind(packet: Buffer, extradata: bytes | None) -> int | None:
+    """The kind of a packet's first slice, 0 to 4; None where it holds none that can be read."""
+    for unit in _h264_units(packet, extradata):
+        if unit[0] & 31 in (_PLAIN_SLICE, _RESTARTING_SLICE):
+            return _slice_kind(bytes(unit[:9]))
+    return None
+
+
+def is_h264_disposable(packet: Buffer, extradata: bytes | None) -> bool:
     """Whether no later packet needs this one: its slices have ``nal_ref_idc`` 0 (H.264, 7.4.1), and it sets nothing."""
-    headers = [unit[0] for unit in _units(packet, extradata)]
-    return (
-        any(header & 31 == _PLAIN_SLICE for header in headers)
-        and not any(header & 31 == _PLAIN_SLICE and header & 96 for header in headers)
-        and all(header & 31 in _WITHOUT_EFFECT for header in headers)
-    )
+    headers = [unit[0] for unit in _h264_units(packet, extradata)]
+    references = [header & 96 for header in headers if header & 31 == _PLAIN_SLICE]
+    return bool(references) and not any(references) and all(header & 31 in _WITHOUT_EFFECT for header in headers)
 
 
-def _units(packet: Buffer, extradata: bytes | None) -> Iterator[memoryview]:
-    """The units of an H.264 packet that are not empty, from their header on.
+def _h264_units(packet: Buffer, extradata: bytes | None) -> Iterator[memoryview]:
+    """The units of a packet that are not empty, from their header of one byte on.
 
     ``extradata`` begins with 1 where they have their length in front (mp4, Matroska); elsewhere they have start codes.
     """
@@ -127,10 +127,10 @@ def _units(packet: Buffer, extradata: bytes | None) -> Iterator[memoryview]:
                 yield view[match.end() :]
 
 
-def _is_intra_slice(slice_: bytes) -> bool:
-    """Read the type of the slice: the second of two Exp-Golomb numbers behind a header of one byte."""
+def _slice_kind(slice_: bytes) -> int | None:
+    """Read the kind of the slice: the second of two Exp-Golomb numbers behind a header of one byte."""
     bits = f"{int.from_bytes(slice_[1:9].ljust(8, bytes(1))):064b}"
     for _ in range(2):
         zeros = len(bits) - len(bits.lstrip("0"))
         number, bits = bits[zeros : 2 * zeros + 1], bits[2 * zeros + 1 :]
-    return bool(number) and (int(number, 2) - 1) % 5 == 2
+    return (int(number, 2) - 1) % 5 if number else None
