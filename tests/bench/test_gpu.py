@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import conditions, gpu
+from bench import arms, conditions, gpu
 
 # The library is built here already, and another test may be using it.
 BUILT = ("build",)
@@ -110,6 +111,18 @@ def test_a_step_is_not_begun_without_time_and_cut_off_after_it(tmp_path: Path) -
     assert state["failed"]["slow"].startswith("cut off after")
     assert state["failed"]["late"].startswith("not begun")
     assert not (tmp_path / "log").exists()
+
+
+def test_arms_of_the_plan_exist() -> None:
+    cuda = torch.device("cuda")
+    for published, prefix in ((None, "published-like"), ("checkout", "published")):
+        baselines = {f"{prefix}-{precision}" for precision in arms.plan_for(cuda, None).precisions}
+        known = baselines | {"tuned", "tuned+compile", *arms.our_options(cuda)}
+        named = [step.command for step in gpu.steps(Path("out"), rehearsal=False, published=published)]
+        for command in named:
+            if "--arm" in command:
+                assert set(command[command.index("--arm") + 1 :]) <= known
+        assert baselines <= set().union(*named)
 
 
 def test_files_of_the_plan_exist() -> None:
