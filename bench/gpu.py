@@ -66,11 +66,11 @@ def steps(out: Path, *, rehearsal: bool, published: str | None) -> list[Step]:
     report = ("--results", str(out), *(["--page", str(out / "page" / "results.md")] if rehearsal else []))
     plan = [
         Step("build", ("setup.py", "--quiet", "build_ext", "--inplace"), 90),
-        Step("step", bench("step", *baseline, "--batch", batches[0], "--arm", *few, "tuned+compile"), 130, (0, 1)),
-        Step("kernels", bench("run", *kernels), 130, (0, 1)),
+        Step("step", bench("step", *baseline, "--batch", batches[0], "--arm", *few, "tuned+compile"), 120, (0, 1)),
+        Step("kernels", bench("run", *kernels), 150, (0, 1)),
         # In a rehearsal without a GPU they are collected and skipped.
         Step("tests", ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *tests), 30),
-        Step("memory", bench("memory", *baseline), 70),
+        Step("memory", bench("memory", *baseline), 60),
         Step("step of half the batch", bench("step", *baseline, "--batch", batches[1], "--arm", *few), 40, (0, 1)),
         Step("profile", bench("profile", "--arm", profiled), 15),
         Step("throughput", bench("throughput", "--batch", batches[0]), 25),
