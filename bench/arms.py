@@ -28,6 +28,7 @@ from adamae_fast.model.sizes import SIZES
 from adamae_fast.ops.patchify import IMAGENET_MEAN, IMAGENET_STD
 from adamae_fast.train.optim import build_optimizer
 from adamae_fast.train.step import Stepper
+from adamae_fast.train.step_graph import WARM_UP_STEPS
 from bench import tuned
 from bench.checkout import Checkout, Loader
 from bench.models import PublishedLike, Tuned
@@ -36,6 +37,9 @@ from bench.timing import CpuRunner, Runner
 
 LEARNING_RATE = 1e-5
 """Small: parameters move as in training, and no arm diverges on noise."""
+
+WARM_UP = WARM_UP_STEPS + 1
+"""Steps after which an arm stays what it is: compiled, with the optimizer's moments, recorded as a graph."""
 
 COMPILE_BACKEND = "inductor"
 

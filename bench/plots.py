@@ -94,8 +94,8 @@ def memory(result: Result) -> Figure:
             [x + (i - (len(arms) - 1) / 2) * width for x in range(len(rows))], values, width, color=shades[i], label=arm
         )
     if gpu:
-        first = [x - (len(arms) - 1) / 2 * width for x in range(len(rows))]
-        axes.plot(first, [row["paper_gib"] for row in rows], "k_", markersize=12, label="paper")
+        baseline = [x - (len(arms) - 1) / 2 * width for x in range(len(rows))]
+        axes.plot(baseline, [row["paper_gib"] for row in rows], "k_", markersize=12, label="paper")
     axes.set_xticks(range(len(rows)), [row["case"] for row in rows], rotation=40, ha="right", fontsize=8)
     axes.set_ylabel("allocated peak at batch 16, GiB" if gpu else "kept for the backward, MB a clip")
     parts = [row["part"] for row in rows]

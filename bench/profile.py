@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in names:
             say(f"{name}: profile")
             arm = build[name]()
-            for _ in range(1 if options.quick else 3):
+            for _ in range(arms.WARM_UP if setting.device.type == "cuda" else 1):
                 arm.step()
             profile = profiled(arm.step, setting.device)
             top = top_operators(profile, setting.device)

@@ -300,8 +300,8 @@ stand-in of the same operations that keeps the same tensors; **tuned**, plain Py
 gathers, vectorised losses and fused AdamW; **ours** with what `train.recompute` computes again. Every arm gave the loss
 and the gradients of the reference in fp32 before it was timed. Ratios are taken inside one run. *Reads* are calls of
 `item`, `nonzero`, `is_nonzero`, `_local_scalar_dense` in a step outside the optimizer; torch's fused AdamW on the CPU
-reads its own step counters, which lie in host memory. *CPU ms*: of all threads of the process in a step; on a GPU,
-waiting for it counts. Arms of the data path: `bench/data.py`.
+reads its own step counters, which lie in host memory. *CPU ms*: of all threads of the process in a step; where
+they wait for a GPU, that counts. Arms of the data path: `bench/data.py`.
 """
 
 

@@ -43,19 +43,21 @@ def check_parity(arm: Arm, parity: Parity) -> str | None:
 
 
 def memory_on_gpu(build: Builder, parity: Parity | None = None) -> Row:
-    """Allocated and reserved peak of one arm alone, in its third step: the optimizer's moments exist by then."""
+    """Allocated and reserved peak of one arm alone, in the last step of its warm-up.
+
+    The optimizer's moments exist by then, and a graph is recorded in that step: its pool is allocated there and never
+    again.
+    """
     gc.collect()
     torch.cuda.empty_cache()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     arm = build()
     if parity is not None and (fault := check_parity(arm, parity)):
         return {"refused": fault}
-    torch.cuda.reset_peak_memory_stats()
-    for number in range(3):
-        # A graph's pool is allocated where the graph is captured, in one of the first steps, and never again.
-        if number == 2 and "graph" not in arm.name:
-            torch.cuda.reset_peak_memory_stats()
+    for _ in range(arms.WARM_UP - 1):
         arm.step()
+    torch.cuda.reset_peak_memory_stats()
+    arm.step()
     torch.cuda.synchronize()
     return {
         "allocated_bytes": torch.cuda.max_memory_allocated() - allocated,
@@ -141,7 +143,10 @@ def measure(
             rows[name] = {"arm": name, "precision": built[name].precision, "batch": setting.batch_size, **row}
     for name, arm in built.items():
         say(f"{name}: bytes and calls")
-        if not on_gpu:
+        if on_gpu:
+            for _ in range(arms.WARM_UP):
+                arm.step()
+        else:
             rows[name] |= memory_on_cpu(arm)
         profile = profiled(arm.step, setting.device)
         rows[name] |= {**asdict(count(profile, setting.device)), **backends_of(arm, profile)}

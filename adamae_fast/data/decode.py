@@ -94,8 +94,8 @@ def open_video(path: str, decoder: DecoderName = "auto") -> VideoFile:
     """Open one video file.
 
     ``decoder``: "decord" takes decord; "pyav" and "auto" take PyAV, which reads more files, and faster. Of several
-    video streams FFmpeg's "best" is taken: the default one if only one is marked so, then the one with more frames, then
-    the higher bit rate. Rotations by 90, 180 and 270 degrees in the metadata are carried out, others and mirroring
+    video streams FFmpeg's "best" is taken: the default one if only one is marked so, then the one with more frames,
+    then the higher bit rate. Rotations by 90, 180 and 270 degrees in the metadata are carried out, others and mirroring
     ignored.
 
     Raises:

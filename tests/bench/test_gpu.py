@@ -4,23 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import conditions, gpu
-
-# The library is built here already, and another test may be using it.
-BUILT = ("build",)
-
-
-@pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that a rehearsal fills; every command of the plan runs, but for the build."""
-    out = tmp_path_factory.mktemp("rehearsal")
-    steps = gpu.steps
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "steps", lambda *a, **k: [step for step in steps(*a, **k) if step.name not in BUILT])
-        patch.setenv("OMP_NUM_THREADS", "1")  # which the rehearsal sets, and this takes back
-        assert gpu.main(["--rehearsal", "--out", str(out)]) == 0
-    return out
+from bench import arms, conditions, gpu
 
 
 def result(out: Path, name: str) -> dict:
@@ -28,17 +14,24 @@ def result(out: Path, name: str) -> dict:
     return json.loads(path.read_text())
 
 
-def test_every_step_of_a_rehearsal_ends_well(rehearsed: Path) -> None:
-    state = json.loads((rehearsed / gpu.STATE).read_text())
+def test_a_rehearsal_runs_the_whole_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One test, so that parallel processes rehearse once. The build is left out: others are using the library."""
+    plan = gpu.steps
+    monkeypatch.setattr(gpu, "steps", lambda *a, **k: [step for step in plan(*a, **k) if step.name != "build"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the rehearsal sets, and this takes back
+    assert gpu.main(["--rehearsal", "--out", str(tmp_path)]) == 0
+    state = json.loads((tmp_path / gpu.STATE).read_text())
     assert state["failed"] == {}
-    names = [step.name for step in gpu.steps(rehearsed, rehearsal=False, published=None)]
-    assert [*BUILT, *state["done"]] == names
+    assert ["build", *state["done"]] == [step.name for step in plan(tmp_path, rehearsal=False, published=None)]
     assert {each["status"] for each in state["done"].values()} == {0}
-    assert len([path for path in rehearsed.iterdir() if path.is_file()]) <= gpu.MAX_FILES
+    assert len([path for path in tmp_path.iterdir() if path.is_file()]) <= gpu.MAX_FILES
+    check_step(result(tmp_path, "step"))
+    check_the_rest(tmp_path)
+    check_report(tmp_path)
 
 
-def test_a_rehearsal_measures_steps_of_both_batch_sizes(rehearsed: Path) -> None:
-    line = result(rehearsed, "step")
+def check_step(line: dict) -> None:
+    """Both batch sizes are in one file."""
     rows = {(row["arm"], row["batch"]): row for row in line["rows"]}
     assert len(rows) == len(line["rows"]) == 9
     assert ("tuned+compile", 2) in rows
@@ -48,31 +41,32 @@ def test_a_rehearsal_measures_steps_of_both_batch_sizes(rehearsed: Path) -> None
         assert ours["saved_bytes_per_clip"] < base["saved_bytes_per_clip"]
         assert ours["reads"] == 0
         assert ours["cpu_ms"] > 0
-    # Nano has 2 blocks each in encoder and decoder and one in the sampler.
-    assert rows["published-like-fp32", 2]["attention_ran"] == {}
-    assert sum(rows["ours-none", 2]["attention_ran"].values()) == sum(rows["tuned", 2]["attention_ran"].values()) > 0
+        assert base["attention_ran"] == {}
+        blocks = sum(rows["tuned", batch]["attention_ran"].values())
+        assert sum(ours["attention_ran"].values()) == blocks > 0
 
 
-def test_a_rehearsal_measures_the_rest(rehearsed: Path) -> None:
-    memory = result(rehearsed, "memory")
+def check_the_rest(out: Path) -> None:
+    """Memory, throughput, profile, kernels."""
+    memory = result(out, "memory")
     for row in memory["rows"]:
         assert row["ours-none"] == row["predicted-none"] < row["published"]
     assert memory["largest_batch"]["ours-fc1"] > memory["largest_batch"]["ours-none"] > 0
-    throughput = result(rehearsed, "throughput")
-    assert {row["strategy"] for row in throughput["rows"]} == {"adaptive", "tube", "random", "frame"}
-    assert result(rehearsed, "profile")["rows"][0]["reads"] == 0
-    (kernels,) = rehearsed.glob("kernels_*.csv")
+    assert {row["strategy"] for row in result(out, "throughput")["rows"]} == {"adaptive", "tube", "random", "frame"}
+    assert result(out, "profile")["rows"][0]["reads"] == 0
+    (kernels,) = out.glob("kernels_*.csv")
     operations = [line.partition(",")[0] for line in kernels.read_text().splitlines()[1:]]
     assert set(operations) == {"sample_visible", "gather_tokens"}
 
 
-def test_a_rehearsals_report_shows_its_figures(rehearsed: Path) -> None:
-    text = (rehearsed / "page" / "results.md").read_text()
-    assert all(f"{row['ms']:.1f} [" in text for row in result(rehearsed, "step")["rows"])
+def check_report(out: Path) -> None:
+    """Figures and pictures of all of it."""
+    text = (out / "page" / "results.md").read_text()
+    assert all(f"{row['ms']:.1f} [" in text for row in result(out, "step")["rows"])
     assert "| (c) decoder | 8 blocks | 21.3 | published-like-fp32 |" in text
     assert text.count("A quick run at tiny sizes") == 5
     assert "| gather_tokens | full | cpp |" in text
-    pictures = sorted((rehearsed / "page" / "results").iterdir())
+    pictures = sorted((out / "page" / "results").iterdir())
     assert [path.name.partition("_")[0] for path in pictures] == ["memory", "step", "throughput"]
     assert all(f"(results/{path.name})" in text for path in pictures)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
@@ -110,6 +104,18 @@ def test_a_step_is_not_begun_without_time_and_cut_off_after_it(tmp_path: Path) -
     assert state["failed"]["slow"].startswith("cut off after")
     assert state["failed"]["late"].startswith("not begun")
     assert not (tmp_path / "log").exists()
+
+
+def test_arms_of_the_plan_exist() -> None:
+    cuda = torch.device("cuda")
+    for published, prefix in ((None, "published-like"), ("checkout", "published")):
+        baselines = {f"{prefix}-{precision}" for precision in arms.plan_for(cuda, None).precisions}
+        known = baselines | {"tuned", "tuned+compile", *arms.our_options(cuda)}
+        named = [step.command for step in gpu.steps(Path("out"), rehearsal=False, published=published)]
+        for command in named:
+            if "--arm" in command:
+                assert set(command[command.index("--arm") + 1 :]) <= known
+        assert baselines <= set().union(*named)
 
 
 def test_files_of_the_plan_exist() -> None:
