@@ -1,4 +1,4 @@
-"""The endless stream of clips that pre-training sees: position → clip, a pure function of the seed.
+"""The endless stream of clips that training sees: position → clip, a pure function of the seed.
 
 Letters: T frames, S the clip's side in pixels.
 """
@@ -6,7 +6,7 @@ Letters: T frames, S the clip's side in pixels.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adamae_fast.config import DataConfig
-from adamae_fast.data.clips import apply_view, draw_replacement, epoch_order, plan_clip
-from adamae_fast.data.decode import VideoError, open_entry, require_decoder
+from adamae_fast.data.clips import ClipPlan, apply_view, draw_replacement, epoch_order, plan_clip
+from adamae_fast.data.decode import Frames, VideoError, VideoFile, open_entry, require_decoder
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError
 
@@ -25,7 +25,7 @@ MAX_ATTEMPTS = 10
 """Videos tried for one clip before the run stops."""
 
 NOTHING = -1
-"""The entry in :attr:`PretrainClips.decoding` between two videos."""
+"""The entry in :attr:`Videos.decoding` between two videos."""
 
 
 class NoReadableVideoError(DataStoppedError):
@@ -60,8 +60,65 @@ class ClipSample(NamedTuple):
     decode: DecodeCost
     """Of the video that was read."""
 
+    shown: int
+    """Index of the entry that was read."""
 
-class PretrainClips:
+
+class Videos:
+    """What a data set that decodes has: its videos, those that it must not open, and word of what it is decoding.
+
+    Args:
+        entries: the manifest.
+        config: the decoder, and what the data set itself looks up.
+        num_frames: T.
+        frame_size: S.
+        known_crashers: path and reason of videos that must not be opened: they count as unreadable. A copy is taken.
+
+    Raises:
+        ValueError: no entries, or a decoder that is not installed.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        config: DataConfig,
+        num_frames: int,
+        frame_size: int,
+        known_crashers: Mapping[str, str] | None = None,
+    ) -> None:
+        if not entries:
+            raise ValueError("entries=[]: clips need at least one video")
+        require_decoder(config.decoder)
+        self.entries = entries
+        self.config = config
+        self.num_frames = num_frames
+        self.frame_size = frame_size
+        self.crashers = dict(known_crashers or {})
+        """Grows by what crashes a worker; new workers start with a copy."""
+        self.decoding = torch.tensor([NOTHING, 0])
+        """int64 (2,): index of the entry that is being decoded, and how many were begun. A worker shares it with its
+        parent, which outlives it."""
+
+    def __getitem__(self, number: int) -> ClipSample:
+        """The clips of one video; what ``number`` counts is the data set's own matter."""
+        raise NotImplementedError
+
+    def _decode(self, index: int, plan: Callable[[VideoFile], ClipPlan]) -> tuple[Frames, ClipPlan, DecodeCost]:
+        """What ``plan`` asks of entry ``index``: frames (len(plan.frame_ids), H, W, 3). Raises VideoError."""
+        start = time.perf_counter()
+        self.decoding[1] += 1
+        self.decoding[0] = index
+        try:
+            with closing(open_entry(self.entries[index], self.config.decoder)) as video:
+                planned = plan(video)
+                frames_THWC = video.read(planned.frame_ids)
+                num_decoded = video.num_decoded
+        finally:
+            self.decoding[0] = NOTHING
+        return frames_THWC, planned, DecodeCost(time.perf_counter() - start, num_decoded)
+
+
+class PretrainClips(Videos):
     """Clips by their position in the stream; for a DataLoader whose sampler says which positions.
 
     Position p shows video ``order(epoch)[p % len(entries)]`` with epoch ``p // len(entries)``; each epoch has an order
@@ -88,19 +145,8 @@ class PretrainClips:
         seed: int,
         known_crashers: Mapping[str, str] | None = None,
     ) -> None:
-        if not entries:
-            raise ValueError("entries=[]: a stream of clips needs at least one video")
-        require_decoder(config.decoder)
-        self.entries = entries
-        self.config = config
-        self.num_frames = num_frames
-        self.frame_size = frame_size
+        super().__init__(entries, config, num_frames, frame_size, known_crashers)
         self.seed = seed
-        self.crashers = dict(known_crashers or {})
-        """Grows by what crashes a worker; new workers start with a copy."""
-        self.decoding = torch.tensor([NOTHING, 0])
-        """int64 (2,): index of the entry that is being decoded, and how many were begun. A worker shares it with its
-        parent, which outlives it."""
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
     def __getitem__(self, position: int) -> ClipSample:
@@ -120,7 +166,7 @@ class PretrainClips:
             else:
                 try:
                     crops, cost = self._crops(tried, epoch, sample)
-                    return ClipSample(crops, tuple(bad.values()), cost)
+                    return ClipSample(crops, tuple(bad.values()), cost, tried)
                 except VideoError as error:
                     bad[tried] = BadVideo(error.path, error.reason)
             if len(bad) == min(MAX_ATTEMPTS, len(self.entries)):
@@ -134,25 +180,18 @@ class PretrainClips:
 
     def _crops(self, index: int, epoch: int, sample: int) -> tuple[Tensor, DecodeCost]:
         """All crops of one range of frames of an entry, uint8 (repeat, 3, T, S, S), and what that range cost."""
-        start = time.perf_counter()
-        self.decoding[1] += 1
-        self.decoding[0] = index
-        try:
-            with closing(open_entry(self.entries[index], self.config.decoder)) as video:
-                plan = plan_clip(
-                    self.config,
-                    self.seed,
-                    epoch,
-                    sample,
-                    num_frames=self.num_frames,
-                    frame_size=self.frame_size,
-                    total_frames=video.num_frames,
-                    height=video.height,
-                    width=video.width,
-                )
-                frames_THWC = video.read(plan.frame_ids)
-                num_decoded = video.num_decoded
-        finally:
-            self.decoding[0] = NOTHING
-        cost = DecodeCost(time.perf_counter() - start, num_decoded)
+        frames_THWC, plan, cost = self._decode(index, lambda video: self._plan(epoch, sample, video))
         return torch.stack([apply_view(frames_THWC, view, self.frame_size) for view in plan.views]), cost
+
+    def _plan(self, epoch: int, sample: int, video: VideoFile) -> ClipPlan:
+        return plan_clip(
+            self.config,
+            self.seed,
+            epoch,
+            sample,
+            num_frames=self.num_frames,
+            frame_size=self.frame_size,
+            total_frames=video.num_frames,
+            height=video.height,
+            width=video.width,
+        )

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from adamae_fast.config import PretrainConfig
-from adamae_fast.data.dataset import NOTHING, ClipSample, DecodeCost, NoReadableVideoError, PretrainClips
+from adamae_fast.data.dataset import NOTHING, ClipSample, DecodeCost, NoReadableVideoError, PretrainClips, Videos
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError, TooManyBadVideosError
 from adamae_fast.data.watchdog import Decoding, Watchdog
@@ -52,13 +52,16 @@ class Batch(NamedTuple):
     """uint8 (B, 3, T, S, S); the crops of one video stand together."""
 
     bad: list[BadVideo]
-    """Videos that were to be in this batch and were replaced by others."""
+    """Videos that were to be in this batch and could not be read."""
 
     decode: DecodeCost | None = None
     """Of all its videos; None where the decoder does not tell."""
 
     num_ready: int = 0
     """Batches that stood ready when this one was asked for."""
+
+    shown: Sequence[int] = ()
+    """Index of the manifest's entry that each clip shows; empty where the decoder does not tell."""
 
 
 def clip_batches(
@@ -94,23 +97,38 @@ def clip_batches(
         entries, data, config.model.num_frames, config.model.frame_size, config.seed, known_crashers=known_crashers
     )
     videos_per_batch = config.train.batch_size // data.repeat
-    workers_table = torch.empty(data.num_workers, 4, dtype=torch.int64).share_memory_()
+    return load_batches(
+        clips, lambda i: range(i * videos_per_batch, (i + 1) * videos_per_batch), start_batch, num_batches, device
+    )
+
+
+def load_batches(
+    videos: Videos,
+    numbers: Callable[[int], Sequence[int]],
+    start_batch: int,
+    num_batches: int,
+    device: torch.device | str = "cpu",
+) -> Generator[Batch, None, None]:
+    """Batches ``start_batch`` to ``num_batches - 1`` of any data set, as :func:`clip_batches` describes it.
+
+    Batch i holds the clips of ``videos[n]`` for each n in ``numbers(i)``, in this order.
+    """
+    workers_table = torch.empty(videos.config.num_workers, 4, dtype=torch.int64).share_memory_()
 
     def load_from(first: int) -> DataLoader[Batch | NoReadableVideoError]:
         workers_table.copy_(torch.tensor([0, NOTHING, 0, 0]))
-        positions = (range(i * videos_per_batch, (i + 1) * videos_per_batch) for i in range(first, num_batches))
         return DataLoader(
-            _Batches(clips),  # type: ignore[arg-type]
+            _Batches(videos),  # type: ignore[arg-type]
             batch_size=None,  # the data set makes batches itself
-            sampler=positions,
-            num_workers=data.num_workers,
+            sampler=(numbers(i) for i in range(first, num_batches)),
+            num_workers=videos.config.num_workers,
             collate_fn=_unchanged,
             pin_memory=torch.device(device).type == "cuda",
             worker_init_fn=partial(_init_worker, workers_table),
             generator=torch.Generator(),  # the loader draws a seed; not from the global generator
         )
 
-    return _without_crashers(clips, load_from, start_batch, workers_table)
+    return _without_crashers(videos, load_from, start_batch, workers_table)
 
 
 class _Batches:
@@ -119,23 +137,26 @@ class _Batches:
     An error that a worker raises would arrive as a text without its ``bad``.
     """
 
-    def __init__(self, clips: PretrainClips) -> None:
+    def __init__(self, clips: Videos) -> None:
         self.clips = clips
         self.num_finished = torch.tensor(0)
 
-    def __getitem__(self, positions: range) -> Batch | NoReadableVideoError:
+    def __getitem__(self, numbers: Sequence[int]) -> Batch | NoReadableVideoError:
         samples: list[ClipSample] = []
-        for position in positions:
+        for number in numbers:
             try:
-                samples.append(self.clips[position])
+                samples.append(self.clips[number])
             except NoReadableVideoError as error:
                 error.bad = (*_all_bad(samples), *error.bad)
                 return error
         # default_collate stacks into shared memory when it runs in a worker.
-        video = default_collate([sample.video for sample in samples]).flatten(0, 1)
+        clips = [clip for sample in samples for clip in sample.video]
+        video = default_collate(clips) if clips else samples[0].video
         costs = [sample.decode for sample in samples]
+        cost = DecodeCost(sum(c.seconds for c in costs), sum(c.frames for c in costs))
+        shown = [sample.shown for sample in samples for _ in sample.video]
         self.num_finished += 1
-        return Batch(video, _all_bad(samples), DecodeCost(sum(c.seconds for c in costs), sum(c.frames for c in costs)))
+        return Batch(video, _all_bad(samples), cost, shown=shown)
 
 
 def _all_bad(samples: Sequence[ClipSample]) -> list[BadVideo]:
@@ -156,7 +177,7 @@ class _WorkersDiedError(Exception):
 
 
 def _without_crashers(
-    clips: PretrainClips,
+    clips: Videos,
     load_from: Callable[[int], DataLoader[Batch | NoReadableVideoError]],
     next_batch: int,
     workers_table: Tensor,
