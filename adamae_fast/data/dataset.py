@@ -6,6 +6,7 @@ Letters: T frames, S the clip's side in pixels.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import NamedTuple
@@ -49,10 +50,10 @@ class DecodeCost(NamedTuple):
 
 
 class ClipSample(NamedTuple):
-    """The crops of one decoded range of one video."""
+    """What is cut from one decoded video."""
 
     video: Tensor
-    """uint8 (repeat, 3, T, S, S)."""
+    """uint8 (clips, 3, T, S, S)."""
 
     bad: tuple[BadVideo, ...]
     """Videos that were to be seen here and could not be read."""
@@ -64,7 +65,7 @@ class ClipSample(NamedTuple):
     """Index of the entry that was read."""
 
 
-class Videos:
+class Videos(ABC):
     """What a data set that decodes has: its videos, those that it must not open, and word of what it is decoding.
 
     Args:
@@ -99,9 +100,9 @@ class Videos:
         """int64 (2,): index of the entry that is being decoded, and how many were begun. A worker shares it with its
         parent, which outlives it."""
 
+    @abstractmethod
     def __getitem__(self, number: int) -> ClipSample:
         """The clips of one video; what ``number`` counts is the data set's own matter."""
-        raise NotImplementedError
 
     def _decode(self, index: int, plan: Callable[[VideoFile], ClipPlan]) -> tuple[Frames, ClipPlan, DecodeCost]:
         """What ``plan`` asks of entry ``index``: frames (len(plan.frame_ids), H, W, 3). Raises VideoError."""

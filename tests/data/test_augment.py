@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 from adamae_fast.config_finetune import AugmentConfig
@@ -246,6 +247,17 @@ def test_everything_together(dtype: torch.dtype) -> None:
     assert len({changed.float().numpy().tobytes() for changed, _ in seen}) == 4
     other = Augment(AugmentConfig(erase=0.5), NUM_CLASSES, 12, pixel_mean=MEAN, pixel_std=STD)(video, labels, 0)
     assert not torch.equal(other[0], seen[0][0])
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Fake tensors have no values: to ask for one, or for a shape that depends on one, is an error."""
+    augment = Augment(AugmentConfig(erase=0.9), NUM_CLASSES, 0, pixel_mean=MEAN, pixel_std=STD)
+    video, labels = torch.zeros(64, 3, 2, 9, 11, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for key in range(4):  # boxes and mixtures
+            changed, targets = augment(mode.from_tensor(video), mode.from_tensor(labels), key)
+            assert isinstance(changed, FakeTensor)
+            assert isinstance(targets, FakeTensor)
 
 
 def test_all_turned_off() -> None:

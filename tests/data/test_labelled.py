@@ -77,6 +77,19 @@ def _views(
     return list(view_batches(entries, data, views, rank=rank, world_size=world_size, **sizes))
 
 
+def test_defaults_are_the_recipe_of_k400() -> None:
+    data, views = LabelledDataConfig(), ViewsConfig()
+    assert (data.sampling, data.stride, data.crop, data.random_resized_scale) == (
+        "dense",
+        4,
+        "random_resized",
+        (0.08, 1),
+    )
+    assert (views.temporal, views.spatial) == (5, 3)
+    with pytest.raises(ValueError, match=r"data\.repeat=0: choose at least 1"):
+        LabelledDataConfig(repeat=0)
+
+
 def test_labels_follow_the_video_that_is_shown(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[int | None] = []
 
