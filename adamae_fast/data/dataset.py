@@ -6,9 +6,9 @@ Letters: T frames, S the clip's side in pixels.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adamae_fast.config import DataConfig
-from adamae_fast.data.clips import apply_view, draw_replacement, epoch_order, plan_clip
-from adamae_fast.data.decode import VideoError, open_entry, require_decoder
+from adamae_fast.data.clips import ClipPlan, apply_view, draw_replacement, epoch_order, plan_clip
+from adamae_fast.data.decode import EncodedVideo, VideoError, VideoFile, open_entry, require_decoder
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError
 
@@ -59,6 +59,46 @@ class ClipSample(NamedTuple):
 
     decode: DecodeCost
     """Of the video that was read."""
+
+    not_encoded: str = ""
+    """Why it was decoded here where another decoder was to do it."""
+
+
+class VideoKind(NamedTuple):
+    """What decides whether a decoder can be used at all."""
+
+    codec: str
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, video: EncodedVideo) -> Self:
+        """The kind of an open video."""
+        return cls(video.codec, video.width, video.height)
+
+    def __str__(self) -> str:
+        return f"{self.codec} of {self.width}×{self.height}"
+
+
+class EncodedClip(NamedTuple):
+    """A video as it is stored, and what is to be decoded of it."""
+
+    path: str
+    content: bytes
+    plan: ClipPlan
+    kind: VideoKind
+
+
+class EncodedSample(NamedTuple):
+    """In place of :class:`ClipSample` where another process decodes."""
+
+    clip: EncodedClip
+    bad: tuple[BadVideo, ...]
+    """Videos that were to be seen here and could not be read."""
+
+
+ReasonAgainst = Callable[[VideoFile], str | None]
+"""Says why another process is not to decode a video; None if it is."""
 
 
 class PretrainClips:
@@ -109,6 +149,15 @@ class PretrainClips:
         An unreadable video is replaced by another one, drawn for this place, and reported in ``bad``. Raises
         NoReadableVideoError when ten videos, or all there are, were unreadable.
         """
+        sample = self._first_readable(position, None)
+        assert isinstance(sample, ClipSample)
+        return sample
+
+    def read_encoded(self, reason_against: ReasonAgainst, position: int) -> ClipSample | EncodedSample:
+        """The same video range undecoded, unless ``reason_against`` has a reason. Raises NoReadableVideoError alike."""
+        return self._first_readable(position, reason_against)
+
+    def _first_readable(self, position: int, reason_against: ReasonAgainst | None) -> ClipSample | EncodedSample:
         epoch, place = divmod(position, len(self.entries))
         sample = int(self._epoch_order(epoch)[place])
         bad: dict[int, BadVideo] = {}
@@ -119,8 +168,8 @@ class PretrainClips:
                 bad[tried] = BadVideo(path, self.crashers[path], crashed=True)
             else:
                 try:
-                    crops, cost = self._crops(tried, epoch, sample)
-                    return ClipSample(crops, tuple(bad.values()), cost)
+                    read = self._read(tried, epoch, sample, reason_against)
+                    return read._replace(bad=tuple(bad.values()))
                 except VideoError as error:
                     bad[tried] = BadVideo(error.path, error.reason)
             if len(bad) == min(MAX_ATTEMPTS, len(self.entries)):
@@ -132,8 +181,10 @@ class PretrainClips:
             self._order = epoch, epoch_order(self.seed, epoch, len(self.entries))
         return self._order[1]
 
-    def _crops(self, index: int, epoch: int, sample: int) -> tuple[Tensor, DecodeCost]:
-        """All crops of one range of frames of an entry, uint8 (repeat, 3, T, S, S), and what that range cost."""
+    def _read(
+        self, index: int, epoch: int, sample: int, reason_against: ReasonAgainst | None
+    ) -> ClipSample | EncodedSample:
+        """All crops of one range of frames of an entry, or its bytes where nothing speaks against that."""
         start = time.perf_counter()
         self.decoding[1] += 1
         self.decoding[0] = index
@@ -150,9 +201,14 @@ class PretrainClips:
                     height=video.height,
                     width=video.width,
                 )
+                reason = reason_against(video) if reason_against else ""
+                if reason is None:
+                    assert isinstance(video, EncodedVideo)
+                    return EncodedSample(EncodedClip(video.path, video.encoded(), plan, VideoKind.of(video)), bad=())
                 frames_THWC = video.read(plan.frame_ids)
                 num_decoded = video.num_decoded
         finally:
             self.decoding[0] = NOTHING
         cost = DecodeCost(time.perf_counter() - start, num_decoded)
-        return torch.stack([apply_view(frames_THWC, view, self.frame_size) for view in plan.views]), cost
+        crops = torch.stack([apply_view(frames_THWC, view, self.frame_size) for view in plan.views])
+        return ClipSample(crops, bad=(), decode=cost, not_encoded=reason)

@@ -60,6 +60,9 @@ class Batch(NamedTuple):
     num_ready: int = 0
     """Batches that stood ready when this one was asked for."""
 
+    fell_back: tuple[str, ...] | None = None
+    """Why videos of it were not decoded by DALI, one reason for each; None where data.decoder is another one."""
+
 
 def clip_batches(
     config: PretrainConfig,
@@ -89,53 +92,79 @@ def clip_batches(
         DataStoppedError: while iterating, when a worker died for another reason. It is the base of the two above;
             ``bad`` of all three are unreadable videos that no batch has told of.
     """
-    data = config.data
+    data, device = config.data, torch.device(device)
     clips = PretrainClips(
         entries, data, config.model.num_frames, config.model.frame_size, config.seed, known_crashers=known_crashers
     )
     videos_per_batch = config.train.batch_size // data.repeat
     workers_table = torch.empty(data.num_workers, 4, dtype=torch.int64).share_memory_()
 
-    def load_from(first: int) -> DataLoader[Batch | NoReadableVideoError]:
+    batches: _Batches
+    if data.decoder == "dali":
+        from adamae_fast.data import dali
+
+        suitability = dali.Suitability(device)
+        batches = _Batches(clips, partial(clips.read_encoded, suitability.reason_against), dali.collate)
+    else:
+        batches = _Batches(clips, clips.__getitem__, _collate)
+
+    def load_from(first: int) -> DataLoader[Any]:
         workers_table.copy_(torch.tensor([0, NOTHING, 0, 0]))
         positions = (range(i * videos_per_batch, (i + 1) * videos_per_batch) for i in range(first, num_batches))
         return DataLoader(
-            _Batches(clips),  # type: ignore[arg-type]
+            batches,  # type: ignore[arg-type]
             batch_size=None,  # the data set makes batches itself
             sampler=positions,
             num_workers=data.num_workers,
             collate_fn=_unchanged,
-            pin_memory=torch.device(device).type == "cuda",
+            pin_memory=device.type == "cuda",
             worker_init_fn=partial(_init_worker, workers_table),
             generator=torch.Generator(),  # the loader draws a seed; not from the global generator
         )
 
-    return _without_crashers(clips, load_from, start_batch, workers_table)
+    def batches_from(first: int) -> Generator[Any, None, None]:
+        return _without_crashers(clips, load_from, first, workers_table)
+
+    if data.decoder == "dali":
+        return dali.DaliStream(clips, suitability, device, videos_per_batch).batches(batches_from, start_batch)
+    return batches_from(start_batch)
 
 
 class _Batches:
     """A data set whose items are batches, or the error that ended one.
 
     An error that a worker raises would arrive as a text without its ``bad``.
+
+    Args:
+        clips: what is read.
+        read: makes the sample of a position.
+        collate: makes a batch of samples and their positions.
     """
 
-    def __init__(self, clips: PretrainClips) -> None:
+    def __init__(self, clips: PretrainClips, read: Callable[[int], Any], collate: Callable[[Any, range], Any]) -> None:
         self.clips = clips
         self.num_finished = torch.tensor(0)
+        self._read = read
+        self._collate = collate
 
-    def __getitem__(self, positions: range) -> Batch | NoReadableVideoError:
-        samples: list[ClipSample] = []
+    def __getitem__(self, positions: range) -> Any:
+        samples: list[Any] = []
         for position in positions:
             try:
-                samples.append(self.clips[position])
+                samples.append(self._read(position))
             except NoReadableVideoError as error:
                 error.bad = (*_all_bad(samples), *error.bad)
                 return error
-        # default_collate stacks into shared memory when it runs in a worker.
-        video = default_collate([sample.video for sample in samples]).flatten(0, 1)
-        costs = [sample.decode for sample in samples]
+        batch = self._collate(samples, positions)
         self.num_finished += 1
-        return Batch(video, _all_bad(samples), DecodeCost(sum(c.seconds for c in costs), sum(c.frames for c in costs)))
+        return batch
+
+
+def _collate(samples: Sequence[ClipSample], positions: range) -> Batch:
+    # default_collate stacks into shared memory when it runs in a worker.
+    video = default_collate([sample.video for sample in samples]).flatten(0, 1)
+    costs = [sample.decode for sample in samples]
+    return Batch(video, _all_bad(samples), DecodeCost(sum(c.seconds for c in costs), sum(c.frames for c in costs)))
 
 
 def _all_bad(samples: Sequence[ClipSample]) -> list[BadVideo]:
