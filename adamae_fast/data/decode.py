@@ -1,9 +1,9 @@
 """Opens videos and folders of images, and reads single frames of them: the picture asked for, or :class:`VideoError`.
 
-Frame i is the i-th picture that comes out of a complete decode. decord is fast, but counts packets instead: with open
-groups of pictures, edit lists, hidden packets or wrong time stamps it returns other frames than those asked for,
-without a word. So PyAV first lists the file's packets (no decoding, a few per cent of a read). decord reads what it can
-address rightly, PyAV the rest; both return the same bytes.
+Frame i is the i-th picture that comes out of a complete decode; several of one time count as one. decord is fast, but
+counts packets instead: with open groups of pictures, edit lists, hidden packets or wrong time stamps it returns other
+frames than those asked for, without a word. So PyAV first lists the file's packets (no decoding, a few per cent of a
+read). decord reads what it can address rightly, PyAV the rest; both return the same bytes.
 
 Letters: T frames, H, W pixels.
 """
@@ -11,6 +11,7 @@ Letters: T frames, H, W pixels.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import stat
@@ -25,11 +26,13 @@ from numpy.typing import NDArray
 from adamae_fast.config import DecoderName
 from adamae_fast.data.manifest import Entry, numbered_images
 from adamae_fast.data.packets import (
+    I_SLICE,
+    P_SLICE,
     Packet,
     find_dali_trap,
     find_decord_trap,
+    h264_slice_kind,
     presentation_times,
-    restarts_h264,
     shows_old_vp9,
 )
 
@@ -174,15 +177,20 @@ class EncodedVideo:
         """List the packets, decode the first frame, and find out how frames are to be addressed."""
         codec = self._stream.codec_context
         packets: list[Packet] = []
+        latest = -math.inf
         first = None
         shows_old = False
         for packet in self._container.demux(self._stream):
             if packet.size:
                 shows_old = shows_old or (codec.name == "vp9" and shows_old_vp9(memoryview(packet)[0]))
-                restarts = packet.is_keyframe and (
-                    codec.name != "h264" or restarts_h264(bytes(packet), codec.extradata)
-                )
-                packets.append(Packet(packet.pts, packet.is_keyframe, restarts, packet.is_discard))
+                is_early = packet.pts is not None and packet.pts < latest
+                latest = max(latest, latest if packet.pts is None else packet.pts)
+                kind = None
+                if codec.name == "h264" and (packet.is_keyframe or is_early):
+                    kind = h264_slice_kind(bytes(packet), codec.extradata)
+                restarts = packet.is_keyframe and (codec.name != "h264" or kind == I_SLICE)
+                is_misplaced = is_early and kind in (I_SLICE, P_SLICE)
+                packets.append(Packet(packet.pts, packet.is_keyframe, restarts, packet.is_discard, is_misplaced))
             if first is None:
                 first = next(iter(packet.decode()), None)
         if first is None:
@@ -201,9 +209,8 @@ class EncodedVideo:
             raise VideoError(self.path, "its frames do not decode a second time")
         container = self._container.format.name
         self._decord_trap = find_decord_trap(packets, self._pts, container, self._turns)
-        self.dali_trap = find_dali_trap(packets, self._pts, container, self._turns) or self._odd_for_dali(
-            first, shows_old
-        )
+        trap = find_dali_trap(packets, self._pts, container, self._turns)
+        self.dali_trap = trap or self._odd_for_dali(first, shows_old)
         """Why DALI would return other pictures than this class; None if it would not."""
 
     def _odd_for_dali(self, first: Any, shows_old: bool) -> str | None:
