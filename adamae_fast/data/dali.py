@@ -361,15 +361,21 @@ class DaliStream:
                 fell_back.append(self._blame(left_to_dali[place], sample))
         if together is not None and len(parts) == len(crops):
             video = together
-        elif len(by_workers_only := handed_over.clips) == len(crops):
-            video = by_workers_only
+        elif not left_to_dali:
+            video = handed_over.clips
         else:
             video = torch.empty((len(crops), *crops[0].shape), dtype=torch.uint8, device=self._device)
             for place, crop in enumerate(crops):
                 video[place].copy_(crop, non_blocking=True)
         self._count(len(crops), fell_back)
         all_bad = [video for videos in bad for video in videos]
-        return Batch(video.flatten(0, 1), all_bad, num_ready=handed_over.num_ready, fell_back=tuple(fell_back))
+        return Batch(
+            video.flatten(0, 1),
+            all_bad,
+            num_ready=handed_over.num_ready,
+            num_by_dali=len(decoded),
+            fell_back=tuple(fell_back),
+        )
 
     def _decoded(self, started: _Started) -> tuple[Tensor | None, dict[int, Tensor]]:
         """What DALI made: all in one tensor where nothing failed, and the crops (R, 3, T, S, S) by place."""

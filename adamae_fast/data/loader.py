@@ -60,8 +60,11 @@ class Batch(NamedTuple):
     num_ready: int = 0
     """Batches that stood ready when this one was asked for."""
 
-    fell_back: tuple[str, ...] | None = None
-    """Why videos of it were not decoded by DALI, one reason for each; None where data.decoder is another one."""
+    num_by_dali: int = 0
+    """Videos of it that DALI decoded."""
+
+    fell_back: tuple[str, ...] = ()
+    """With data.decoder=dali, why the other ones were not, a reason for each."""
 
 
 def clip_batches(

@@ -58,7 +58,7 @@ def reason_missing() -> str | None:
     try:
         ctypes.CDLL(LIBRARY)
     except OSError:
-        return f"the driver's video library {LIBRARY} is not there; a container needs NVIDIA_DRIVER_CAPABILITIES=all"
+        return f"the driver's library {LIBRARY} is not there; NVIDIA_DRIVER_CAPABILITIES of a container must name video"
     return None
 
 

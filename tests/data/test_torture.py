@@ -100,8 +100,13 @@ def test_torture(torture_set: list[TortureFile], decoder: DecoderName, tmp_path:
         else:
             assert file.path in clips, f"{file.path}: {reasons.get(file.path)}"
             assert file.path not in reasons, file.path
+            difference = clips[file.path].float() - truth
+            if (
+                decoder == "dali"
+            ):  # it interpolates colours between chroma samples, FFmpeg repeats them: brightness alone
+                difference = (difference * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(0)
             # One frame differs from the next by far more.
-            assert (clips[file.path].float() - truth).abs().mean() <= 3, file.path
+            assert difference.abs().mean() <= 3, file.path
 
 
 def test_times_out_of_order_name_no_frames(torture_set: list[TortureFile]) -> None:
