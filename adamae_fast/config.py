@@ -25,7 +25,7 @@ SamplerKind = Literal["attention", "mlp"]
 MaskStrategyName = Literal["adaptive", "random", "tube", "frame"]
 ErrorKind = Literal["mse", "l1"]
 TargetKind = Literal["normalized", "raw", "mae_st"]
-DecoderName = Literal["auto", "decord", "pyav"]
+DecoderName = Literal["auto", "decord", "pyav", "dali"]
 CropKind = Literal["multi_scale", "random_resized", "center"]
 Precision = Literal["fp32", "bf16", "fp16"]
 AttentionName = Literal[
@@ -222,7 +222,8 @@ class DataConfig:
     """Folder that relative paths of the manifest start from; the manifest's own folder if null."""
 
     decoder: DecoderName = "auto"
-    """auto: decord where it is installed and can open the file, otherwise PyAV; decord, pyav: that one only."""
+    """auto: decord where it is installed and can open the file, otherwise PyAV; decord, pyav: that one only; dali:
+    NVIDIA DALI decodes and crops on train.device, and what it cannot decode there is read as with auto."""
 
     stride: int = 4
     """Distance between two frames of a clip, in frames of the video."""

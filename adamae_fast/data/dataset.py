@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adamae_fast.config import DataConfig
 from adamae_fast.data.clips import ClipPlan, apply_view, draw_replacement, epoch_order, plan_clip
-from adamae_fast.data.decode import Frames, VideoError, VideoFile, open_entry, require_decoder
+from adamae_fast.data.decode import EncodedVideo, VideoError, VideoFile, open_entry, require_decoder
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError
 
@@ -64,6 +64,49 @@ class ClipSample(NamedTuple):
     shown: int
     """Index of the entry that was read."""
 
+    not_encoded: str = ""
+    """Why it was decoded here where another decoder was to do it."""
+
+
+class VideoKind(NamedTuple):
+    """What decides whether a decoder can be used at all."""
+
+    codec: str
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, video: EncodedVideo) -> Self:
+        """The kind of an open video."""
+        return cls(video.codec, video.width, video.height)
+
+    def __str__(self) -> str:
+        return f"{self.codec} of {self.width}×{self.height}"
+
+
+class EncodedClip(NamedTuple):
+    """A video as it is stored, and what is to be decoded of it."""
+
+    path: str
+    content: bytes
+    plan: ClipPlan
+    kind: VideoKind
+
+
+class EncodedSample(NamedTuple):
+    """In place of :class:`ClipSample` where another process decodes."""
+
+    clip: EncodedClip
+    bad: tuple[BadVideo, ...]
+    """Videos that were to be seen here and could not be read."""
+
+    shown: int
+    """Index of the entry that ``clip`` holds."""
+
+
+ReasonAgainst = Callable[[VideoFile], str | None]
+"""Says why another process is not to decode a video; None if it is."""
+
 
 class Videos(ABC):
     """What a data set that decodes has: its videos, those that it must not open, and word of what it is decoding.
@@ -104,19 +147,16 @@ class Videos(ABC):
     def __getitem__(self, number: int) -> ClipSample:
         """The clips of one video; what ``number`` counts is the data set's own matter."""
 
-    def _decode(self, index: int, plan: Callable[[VideoFile], ClipPlan]) -> tuple[Frames, ClipPlan, DecodeCost]:
-        """What ``plan`` asks of entry ``index``: frames (len(plan.frame_ids), H, W, 3). Raises VideoError."""
-        start = time.perf_counter()
+    @contextmanager
+    def _open(self, index: int) -> Iterator[VideoFile]:
+        """Open an entry, and leave word of it. What reads the video raises VideoError."""
         self.decoding[1] += 1
         self.decoding[0] = index
         try:
             with closing(open_entry(self.entries[index], self.config.decoder)) as video:
-                planned = plan(video)
-                frames_THWC = video.read(planned.frame_ids)
-                num_decoded = video.num_decoded
+                yield video
         finally:
             self.decoding[0] = NOTHING
-        return frames_THWC, planned, DecodeCost(time.perf_counter() - start, num_decoded)
 
 
 class PretrainClips(Videos):
@@ -156,6 +196,15 @@ class PretrainClips(Videos):
         An unreadable video is replaced by another one, drawn for this place, and reported in ``bad``. Raises
         NoReadableVideoError when ten videos, or all there are, were unreadable.
         """
+        sample = self._first_readable(position, None)
+        assert isinstance(sample, ClipSample)
+        return sample
+
+    def read_encoded(self, reason_against: ReasonAgainst, position: int) -> ClipSample | EncodedSample:
+        """The same video range undecoded, unless ``reason_against`` has a reason. Raises NoReadableVideoError alike."""
+        return self._first_readable(position, reason_against)
+
+    def _first_readable(self, position: int, reason_against: ReasonAgainst | None) -> ClipSample | EncodedSample:
         epoch, place = divmod(position, len(self.entries))
         sample = int(self._epoch_order(epoch)[place])
         bad: dict[int, BadVideo] = {}
@@ -166,8 +215,8 @@ class PretrainClips(Videos):
                 bad[tried] = BadVideo(path, self.crashers[path], crashed=True)
             else:
                 try:
-                    crops, cost = self._crops(tried, epoch, sample)
-                    return ClipSample(crops, tuple(bad.values()), cost, tried)
+                    read = self._read(tried, epoch, sample, reason_against)
+                    return read._replace(bad=tuple(bad.values()))
                 except VideoError as error:
                     bad[tried] = BadVideo(error.path, error.reason)
             if len(bad) == min(MAX_ATTEMPTS, len(self.entries)):
@@ -179,10 +228,23 @@ class PretrainClips(Videos):
             self._order = epoch, epoch_order(self.seed, epoch, len(self.entries))
         return self._order[1]
 
-    def _crops(self, index: int, epoch: int, sample: int) -> tuple[Tensor, DecodeCost]:
-        """All crops of one range of frames of an entry, uint8 (repeat, 3, T, S, S), and what that range cost."""
-        frames_THWC, plan, cost = self._decode(index, lambda video: self._plan(epoch, sample, video))
-        return torch.stack([apply_view(frames_THWC, view, self.frame_size) for view in plan.views]), cost
+    def _read(
+        self, index: int, epoch: int, sample: int, reason_against: ReasonAgainst | None
+    ) -> ClipSample | EncodedSample:
+        """All crops of one range of frames of an entry, or its bytes where nothing speaks against that."""
+        start = time.perf_counter()
+        with self._open(index) as video:
+            plan = self._plan(epoch, sample, video)
+            reason = reason_against(video) if reason_against else ""
+            if reason is None:
+                assert isinstance(video, EncodedVideo)
+                clip = EncodedClip(video.path, video.encoded(), plan, VideoKind.of(video))
+                return EncodedSample(clip, bad=(), shown=index)
+            frames_THWC = video.read(plan.frame_ids)
+            num_decoded = video.num_decoded
+        cost = DecodeCost(time.perf_counter() - start, num_decoded)
+        crops = torch.stack([apply_view(frames_THWC, view, self.frame_size) for view in plan.views])
+        return ClipSample(crops, bad=(), decode=cost, shown=index, not_encoded=reason)
 
     def _plan(self, epoch: int, sample: int, video: VideoFile) -> ClipPlan:
         return plan_clip(

@@ -1,9 +1,9 @@
 """Opens videos and folders of images, and reads single frames of them: the picture asked for, or :class:`VideoError`.
 
-Frame i is the i-th picture that comes out of a complete decode. decord is fast, but counts packets instead: with open
-groups of pictures, edit lists, hidden packets or wrong time stamps it returns other frames than those asked for,
-without a word. So PyAV first lists the file's packets (no decoding, a few per cent of a read). decord reads what it can
-address rightly, PyAV the rest; both return the same bytes.
+Frame i is the i-th picture that comes out of a complete decode; several of one time count as one. decord is fast, but
+counts packets instead: with open groups of pictures, edit lists, hidden packets or wrong time stamps it returns other
+frames than those asked for, without a word. So PyAV first lists the file's packets (no decoding, a few per cent of a
+read). decord reads what it can address rightly, PyAV the rest; both return the same bytes.
 
 Letters: T frames, H, W pixels.
 """
@@ -11,6 +11,7 @@ Letters: T frames, H, W pixels.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import stat
@@ -24,12 +25,28 @@ from numpy.typing import NDArray
 
 from adamae_fast.config import DecoderName
 from adamae_fast.data.manifest import Entry, numbered_images
-from adamae_fast.data.packets import Packet, find_decord_trap, presentation_times, restarts_h264
+from adamae_fast.data.packets import (
+    I_SLICE,
+    P_SLICE,
+    Packet,
+    find_dali_trap,
+    find_decord_trap,
+    h264_slice_kind,
+    presentation_times,
+    shows_old_vp9,
+)
 
 Frames = NDArray[np.uint8]
 
 NO_RECOVERED_FRAMES = "0.0000001"
 """decord's ``fault_tol``: the first frame replaced by another one is an error (its 0 would mean "never")."""
+
+DALI_PIXEL_FORMATS = ("yuv420p", "yuvj420p")
+"""FFmpeg's names of 8-bit 4:2:0, which every NVDEC decodes."""
+
+BT601 = (2, 5, 6)
+"""FFmpeg's numbers of colour matrices that all decoders take for BT.601: not marked, BT.470 BG, SMPTE 170M. The CPU
+decoders heed other marks; DALI does not, and its colours would be 2 to 5 levels away."""
 
 
 class VideoError(Exception):
@@ -104,7 +121,7 @@ class EncodedVideo:
     """One video file, read by decord or PyAV. A :class:`VideoFile`."""
 
     def __init__(self, path: str, decoder: DecoderName) -> None:
-        _require_file(path)
+        self.num_bytes = _require_file(path)
         self.path = path
         self._file = os.path.abspath(path)  # FFmpeg takes what stands before a colon for a protocol
         self._choice = decoder
@@ -160,13 +177,20 @@ class EncodedVideo:
         """List the packets, decode the first frame, and find out how frames are to be addressed."""
         codec = self._stream.codec_context
         packets: list[Packet] = []
+        latest = -math.inf
         first = None
+        shows_old = False
         for packet in self._container.demux(self._stream):
             if packet.size:
-                restarts = packet.is_keyframe and (
-                    codec.name != "h264" or restarts_h264(bytes(packet), codec.extradata)
-                )
-                packets.append(Packet(packet.pts, packet.is_keyframe, restarts, packet.is_discard))
+                shows_old = shows_old or (codec.name == "vp9" and shows_old_vp9(memoryview(packet)[0]))
+                is_early = packet.pts is not None and packet.pts < latest
+                latest = max(latest, latest if packet.pts is None else packet.pts)
+                kind = None
+                if codec.name == "h264" and (packet.is_keyframe or is_early):
+                    kind = h264_slice_kind(bytes(packet), codec.extradata)
+                restarts = packet.is_keyframe and (codec.name != "h264" or kind == I_SLICE)
+                is_misplaced = is_early and kind in (I_SLICE, P_SLICE)
+                packets.append(Packet(packet.pts, packet.is_keyframe, restarts, packet.is_discard, is_misplaced))
             if first is None:
                 first = next(iter(packet.decode()), None)
         if first is None:
@@ -183,7 +207,30 @@ class EncodedVideo:
         self.num_frames = len(self._pts) if self._pts else self._count_frames()
         if not self.num_frames:
             raise VideoError(self.path, "its frames do not decode a second time")
-        self._decord_trap = find_decord_trap(packets, self._pts, self._container.format.name, self._turns)
+        container = self._container.format.name
+        self._decord_trap = find_decord_trap(packets, self._pts, container, self._turns)
+        trap = find_dali_trap(packets, self._pts, container, self._turns)
+        self.dali_trap = trap or self._odd_for_dali(first, shows_old)
+        """Why DALI would return other pictures than this class; None if it would not."""
+
+    def _odd_for_dali(self, first: Any, shows_old: bool) -> str | None:
+        if first.format.name not in DALI_PIXEL_FORMATS:
+            return f"pixels stored as {first.format.name}"
+        if first.colorspace not in BT601:
+            return "colours marked as other than BT.601"
+        if first.interlaced_frame:
+            return "interlaced frames"
+        if len(self._container.streams.video) > 1:
+            return "several video streams"
+        return "packets that only show an earlier picture" if shows_old else None
+
+    def encoded(self) -> bytes:
+        """The bytes of the file."""
+        try:
+            with open(self._file, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise VideoError(self.path, _plain_os(error)) from error
 
     def _read_decord(self, wanted: list[int]) -> Frames:
         decord = _import_decord()
@@ -344,7 +391,8 @@ def _select(frames: Frames, wanted: list[int], inverse: NDArray[np.intp]) -> Fra
     return frames if np.array_equal(inverse, np.arange(len(wanted))) else frames[inverse]
 
 
-def _require_file(path: str) -> None:
+def _require_file(path: str) -> int:
+    """Raise VideoError unless ``path`` is a file that is not empty; return its bytes."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
@@ -353,6 +401,7 @@ def _require_file(path: str) -> None:
         raise VideoError(path, "a folder, not a video" if stat.S_ISDIR(status.st_mode) else "not a file")
     if status.st_size == 0:
         raise VideoError(path, "the file is empty")
+    return status.st_size
 
 
 @contextmanager

@@ -61,7 +61,13 @@ class Batch(NamedTuple):
     """Batches that stood ready when this one was asked for."""
 
     shown: Sequence[int] = ()
-    """Index of the manifest's entry that each clip shows; empty where the decoder does not tell."""
+    """Index of the manifest's entry that each clip shows."""
+
+    num_by_dali: int = 0
+    """Videos of it that DALI decoded."""
+
+    fell_back: tuple[str, ...] = ()
+    """With data.decoder=dali, why the other ones were not, a reason for each."""
 
 
 def clip_batches(
@@ -96,67 +102,113 @@ def clip_batches(
     clips = PretrainClips(
         entries, data, config.model.num_frames, config.model.frame_size, config.seed, known_crashers=known_crashers
     )
-    videos_per_batch = config.train.batch_size // data.repeat
-    return load_batches(
-        clips, lambda i: range(i * videos_per_batch, (i + 1) * videos_per_batch), start_batch, num_batches, device
+    return stream_batches(clips, config.train.batch_size // data.repeat, start_batch, num_batches, device)
+
+
+def stream_batches(
+    clips: PretrainClips,
+    videos_per_batch: int,
+    start_batch: int,
+    num_batches: int,
+    device: torch.device | str = "cpu",
+) -> Generator[Batch, None, None]:
+    """:func:`clip_batches` for any stream of clips, by the decoder that its configuration names."""
+    device = torch.device(device)
+
+    def positions(i: int) -> range:
+        return range(i * videos_per_batch, (i + 1) * videos_per_batch)
+
+    if clips.config.decoder != "dali":
+        return load_batches(clips, positions, start_batch, num_batches, device)
+
+    from adamae_fast.data import dali
+
+    suitability = dali.Suitability(device)
+    batches = _Batches(clips, partial(clips.read_encoded, suitability.reason_against), dali.collate)
+    return dali.DaliStream(clips, suitability, device, videos_per_batch).batches(
+        lambda first: _load(batches, positions, first, num_batches, device), start_batch
     )
 
 
 def load_batches(
     videos: Videos,
-    numbers: Callable[[int], Sequence[int]],
+    numbers: Callable[[int], range],
     start_batch: int,
     num_batches: int,
     device: torch.device | str = "cpu",
 ) -> Generator[Batch, None, None]:
-    """Batches ``start_batch`` to ``num_batches - 1`` of any data set, as :func:`clip_batches` describes it.
+    """Batches ``start_batch`` to ``num_batches - 1`` of any data set, decoded by the workers.
 
-    Batch i holds the clips of ``videos[n]`` for each n in ``numbers(i)``, in this order.
+    Batch i holds the clips of ``videos[n]`` for each n in ``numbers(i)``, in this order. For the rest, and what it
+    raises, see :func:`clip_batches`.
     """
-    workers_table = torch.empty(videos.config.num_workers, 4, dtype=torch.int64).share_memory_()
+    return _load(_Batches(videos, videos.__getitem__, _collate), numbers, start_batch, num_batches, device)
 
-    def load_from(first: int) -> DataLoader[Batch | NoReadableVideoError]:
+
+def _load(
+    batches: _Batches,
+    numbers: Callable[[int], range],
+    start_batch: int,
+    num_batches: int,
+    device: torch.device | str,
+) -> Generator[Any, None, None]:
+    num_workers = batches.clips.config.num_workers
+    workers_table = torch.empty(num_workers, 4, dtype=torch.int64).share_memory_()
+
+    def load_from(first: int) -> DataLoader[Any]:
         workers_table.copy_(torch.tensor([0, NOTHING, 0, 0]))
         return DataLoader(
-            _Batches(videos),  # type: ignore[arg-type]
+            batches,  # type: ignore[arg-type]
             batch_size=None,  # the data set makes batches itself
             sampler=(numbers(i) for i in range(first, num_batches)),
-            num_workers=videos.config.num_workers,
+            num_workers=num_workers,
             collate_fn=_unchanged,
             pin_memory=torch.device(device).type == "cuda",
             worker_init_fn=partial(_init_worker, workers_table),
             generator=torch.Generator(),  # the loader draws a seed; not from the global generator
         )
 
-    return _without_crashers(videos, load_from, start_batch, workers_table)
+    return _without_crashers(batches.clips, load_from, start_batch, workers_table)
 
 
 class _Batches:
     """A data set whose items are batches, or the error that ended one.
 
     An error that a worker raises would arrive as a text without its ``bad``.
+
+    Args:
+        clips: what is read.
+        read: makes the sample of a number.
+        collate: makes a batch of samples and their numbers.
     """
 
-    def __init__(self, clips: Videos) -> None:
+    def __init__(self, clips: Videos, read: Callable[[int], Any], collate: Callable[[Any, range], Any]) -> None:
         self.clips = clips
         self.num_finished = torch.tensor(0)
+        self._read = read
+        self._collate = collate
 
-    def __getitem__(self, numbers: Sequence[int]) -> Batch | NoReadableVideoError:
-        samples: list[ClipSample] = []
+    def __getitem__(self, numbers: range) -> Any:
+        samples: list[Any] = []
         for number in numbers:
             try:
-                samples.append(self.clips[number])
+                samples.append(self._read(number))
             except NoReadableVideoError as error:
                 error.bad = (*_all_bad(samples), *error.bad)
                 return error
-        # default_collate stacks into shared memory when it runs in a worker.
-        clips = [clip for sample in samples for clip in sample.video]
-        video = default_collate(clips) if clips else samples[0].video
-        costs = [sample.decode for sample in samples]
-        cost = DecodeCost(sum(c.seconds for c in costs), sum(c.frames for c in costs))
-        shown = [sample.shown for sample in samples for _ in sample.video]
+        batch = self._collate(samples, numbers)
         self.num_finished += 1
-        return Batch(video, _all_bad(samples), cost, shown=shown)
+        return batch
+
+
+def _collate(samples: Sequence[ClipSample], numbers: range) -> Batch:
+    clips = [clip for sample in samples for clip in sample.video]
+    # default_collate stacks into shared memory when it runs in a worker.
+    video = default_collate(clips) if clips else samples[0].video
+    costs = [sample.decode for sample in samples]
+    cost = DecodeCost(sum(c.seconds for c in costs), sum(c.frames for c in costs))
+    shown = [sample.shown for sample in samples for _ in sample.video]
+    return Batch(video, _all_bad(samples), cost, shown=shown)
 
 
 def _all_bad(samples: Sequence[ClipSample]) -> list[BadVideo]:

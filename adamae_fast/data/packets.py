@@ -9,7 +9,8 @@ import re
 from typing import NamedTuple
 
 DECORD_CONTAINERS = frozenset(("mp4", "matroska"))
-"""FFmpeg's names of containers in which decord finds frames exactly; it was seen to miss in AVI, FLV and MPEG-TS."""
+"""FFmpeg's names of containers in which decord finds frames exactly; it was seen to miss in AVI, FLV and MPEG-TS.
+DALI is trusted with the same ones."""
 
 _H264_SLICE = re.compile(rb"\x00\x00\x01[\x01\x21\x41\x61\x05\x25\x45\x65]")
 """Start code and header of a slice, for H.264 that is not stored with lengths."""
@@ -25,10 +26,15 @@ class Packet(NamedTuple):
     """The container calls it a key frame."""
 
     restarts: bool
-    """A key frame that needs nothing from before, so that decoding can begin here."""
+    """A key frame that needs nothing from before, so that decoding can begin here. In H.264 it begins with an I slice:
+    with periodic intra refresh it does not, and the picture is complete only some frames later."""
 
     is_discard: bool
     """An edit list hides it."""
+
+    is_misplaced: bool = False
+    """It has a time before that of one that precedes it in the file, which only B pictures can have: times are wrong.
+    Known of H.264 only."""
 
 
 def presentation_times(packets: list[Packet], first_pts: int | None) -> tuple[list[int] | None, list[int]]:
@@ -36,8 +42,10 @@ def presentation_times(packets: list[Packet], first_pts: int | None) -> tuple[li
 
     Several packets of one time are one picture (hidden frames of VP8). What comes before the first key frame and before
     ``first_pts``, the time of the first frame that decodes, does not count, nor does what an edit list discards. The
-    times of the frames are None where a packet has no time.
+    times of the frames are None where a packet has no time, or where the times are wrong.
     """
+    if any(packet.is_misplaced for packet in packets):
+        return None, []
     first_key = next((place for place, packet in enumerate(packets) if packet.is_key), 0)
     usable = packets[first_key:]
     pts = [packet.pts for packet in usable if packet.pts is not None]
@@ -58,6 +66,29 @@ def find_decord_trap(packets: list[Packet], pts: list[int] | None, container: st
     """
     if not DECORD_CONTAINERS.intersection(container.split(",")):
         return f"it seeks inaccurately in {container}"
+    trap = _find_order_trap(packets, pts)
+    if trap is None and turns and "mp4" not in container:
+        return f"it ignores the rotation in {container}"
+    return trap
+
+
+def find_dali_trap(packets: list[Packet], pts: list[int] | None, container: str, turns: int) -> str | None:
+    """Why DALI would return other pictures than those asked for; None if it would not. Arguments as above.
+
+    DALI takes the n-th packet in the order of time stamps for frame n, leaves out packets before time 0, and decodes
+    from the last key frame before a frame in that order.
+    """
+    if not DECORD_CONTAINERS.intersection(container.split(",")):
+        return "a container other than MP4 and Matroska"
+    if turns:
+        return "a rotation in the metadata"
+    if pts and pts[0] < 0:
+        return "frames before time 0"
+    return _find_order_trap(packets, pts)
+
+
+def _find_order_trap(packets: list[Packet], pts: list[int] | None) -> str | None:
+    """What in the order of packets misleads a reader that takes each one for a frame."""
     if pts is None:
         return "time stamps are missing or guessed"
     if len(packets) != len(pts):
@@ -67,33 +98,41 @@ def find_decord_trap(packets: list[Packet], pts: list[int] | None, container: st
             return "key frames that only begin to refresh the picture"
         if packet.is_key and packet.pts != pts[place]:
             return "open groups of pictures: frames that follow a key frame in the file are shown before it"
-    if turns and "mp4" not in container:
-        return f"it ignores the rotation in {container}"
     return None
 
 
-def restarts_h264(packet: bytes, extradata: bytes | None) -> bool:
-    """Whether a packet that is marked as a key frame begins with an I slice.
+def shows_old_vp9(first_byte: int) -> bool:
+    """Whether a VP9 packet only shows a picture decoded before, by the first byte of its header."""
+    profile_3 = first_byte & 0b110000 == 0b110000  # has one bit more before the flag
+    return bool(first_byte & (0b000100 if profile_3 else 0b001000))
 
-    With periodic intra refresh it does not: the picture is complete only some frames later. ``extradata`` begins with
-    1 where the parts of a packet have their length in front (mp4, Matroska); elsewhere they have start codes.
+
+P_SLICE, B_SLICE, I_SLICE = range(3)
+"""H.264's kinds of slices that matter here."""
+
+
+def h264_slice_kind(packet: bytes, extradata: bytes | None) -> int | None:
+    """The kind of a packet's first slice, 0 to 4; None where it holds none that can be read.
+
+    ``extradata`` begins with 1 where the parts of a packet have their length in front (mp4, Matroska); elsewhere they
+    have start codes.
     """
     if extradata and extradata[0] == 1 and len(extradata) > 4:
         prefix = (extradata[4] & 3) + 1
         place = 0
         while place + prefix < len(packet):
             if packet[place + prefix] & 31 in (1, 5):
-                return _is_intra_slice(packet[place + prefix :])
+                return _slice_kind(packet[place + prefix :])
             place += prefix + int.from_bytes(packet[place : place + prefix])
-        return False
+        return None
     match = _H264_SLICE.search(packet)
-    return match is not None and _is_intra_slice(packet[match.end() - 1 :])
+    return _slice_kind(packet[match.end() - 1 :]) if match else None
 
 
-def _is_intra_slice(slice_: bytes) -> bool:
-    """Read the type of the slice: the second of two Exp-Golomb numbers behind a header of one byte."""
+def _slice_kind(slice_: bytes) -> int | None:
+    """Read the kind of the slice: the second of two Exp-Golomb numbers behind a header of one byte."""
     bits = f"{int.from_bytes(slice_[1:9].ljust(8, bytes(1))):064b}"
     for _ in range(2):
         zeros = len(bits) - len(bits.lstrip("0"))
         number, bits = bits[zeros : 2 * zeros + 1], bits[2 * zeros + 1 :]
-    return bool(number) and (int(number, 2) - 1) % 5 == 2
+    return (int(number, 2) - 1) % 5 if number else None

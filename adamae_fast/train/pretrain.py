@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from adamae_fast.config import PretrainConfig, load_config, save_config
+from adamae_fast.data.dali import Suitability
 from adamae_fast.data.loader import clip_batches
 from adamae_fast.data.manifest import Entry, read_manifest
 from adamae_fast.data.quarantine import DataStoppedError, Quarantine
@@ -21,6 +22,7 @@ from adamae_fast.run_folder import RunFolder
 from adamae_fast.train import checkpoint
 from adamae_fast.train.metrics import IntervalClock, MetricsLog, ProgressLine, keep_metrics_until
 from adamae_fast.train.schedule import Schedule
+from adamae_fast.train.stalls import LoadFigures, StallWatch
 from adamae_fast.train.step import Stepper
 from adamae_fast.train.summary import write_summary
 
@@ -102,6 +104,8 @@ def _print_setting(
         ("mask", f"{config.mask.strategy}: {visible} of {tokens} tokens visible ({1 - visible / tokens:.1%} masked)"),
         *schedule.describe(),
     ]
+    if config.data.decoder == "dali":
+        facts.append(("decoder", Suitability(stepper.device).describe()))
     for name, fact in facts:
         console.print(f"{name:<14}{fact}", soft_wrap=True, highlight=False)
 
@@ -121,7 +125,7 @@ def _train(
     quarantine = Quarantine(run.quarantine, len(entries), config.data.max_bad_share)
     first_batch, num_batches = first_step * accumulate, schedule.total_steps * accumulate
     batches = clip_batches(config, entries, first_batch, num_batches, stepper.device, quarantine.crashers)
-    clock = IntervalClock()
+    clock, load, stalls = IntervalClock(stepper.device), LoadFigures(), StallWatch(config, stepper.device.type)
     step = saved = logged = first_step
     with (
         closing(batches),
@@ -135,6 +139,7 @@ def _train(
                 "step": step,
                 **stepper.read_figures(),
                 **clock.lap(step - logged, schedule.total_batch),
+                **load.lap(),
                 "lr": schedule.learning_rate(step - 1),
                 "epoch": step / schedule.steps_per_epoch,
                 "memory_bytes": peak_memory_bytes(stepper.device),
@@ -142,6 +147,7 @@ def _train(
             }
             metrics_log.write(metrics)
             progress.report(metrics)
+            stalls.observe(step - logged, metrics)
             logged = step
 
         def save() -> None:
@@ -159,6 +165,7 @@ def _train(
                         break
                     batch = clock.wait_for(lambda: next(batches))
                     quarantine.add(batch.bad)
+                    load.add(batch)
                     stepper.accumulate(batch.video)
                 if stop:  # the step under way is left out; it will be the first one after the resume
                     break

@@ -252,3 +252,19 @@ def test_a_missing_decoder_is_reported_at_once(entries: list[Entry], monkeypatch
     sizes = {"num_frames": NUM_FRAMES, "frame_size": FRAME_SIZE, "batch_size": 6}
     with pytest.raises(ValueError, match="decord is not installed"):
         view_batches(entries, LabelledDataConfig(decoder="decord"), ViewsConfig(), **sizes)
+
+
+def test_dali_finds_the_same_frames_and_labels(
+    entries: list[Entry], tmp_path: Path, write_video: Callable[..., Path]
+) -> None:
+    pytest.importorskip("nvidia.dali")
+    paths = [write_video(tmp_path / f"{i}.webm", 60, codec="libvpx-vp9", options={"g": "8"}) for i in range(2)]
+    mixed = [*entries[:3], *(Entry(str(path), 20 + i) for i, path in enumerate(paths))]
+    config = {"sampling": "segments", "crop": "center", "repeat": 2}
+    by_dali, by_cpu = (_labelled(mixed, 5, decoder=decoder, **config) for decoder in ("dali", "pyav"))
+    for a, b in zip(by_dali, by_cpu, strict=True):
+        assert torch.equal(a.labels, b.labels)
+        assert a.bad == b.bad
+        assert (a.video.int() - b.video.int()).abs()[..., 1:-1, 1:-1].float().mean() < 2
+    shown = Counter(label for batch in by_dali for label in batch.labels.tolist())
+    assert set(shown) == {10, 11, 20, 21}

@@ -113,7 +113,14 @@ def test_run_folder_metrics_and_summary(uninterrupted):
     entries = read_json_lines(run.metrics)
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
     required = {"step", "loss", "loss_reconstruction", "loss_sampling", "lr", "grad_norm", "clips_per_second"}
-    assert required | {"data_wait_share", "quarantined", "probability_entropy"} <= set(entries[0])
+    assert required | {
+        "data_wait_share",
+        "quarantined",
+        "batches_ready",
+        "decode_seconds",
+        "decoded_frames",
+        "probability_entropy",
+    } <= set(entries[0])
     assert [path.name for path in run.list_checkpoints()] == ["step_00000012", "step_00000014"]
     assert run.config.is_file()
     summary = json.loads(run.summary.read_text())
