@@ -169,7 +169,7 @@ class EncodedVideo:
 
     def in_order(self, short_side: int) -> Iterator[Frames]:
         """See :class:`VideoFile`. One complete decode, by PyAV."""
-        size = fitted_size(*self._upright_size(), short_side)
+        size = fitted_size(self.height, self.width, short_side)
         count = 0
         with _errors_of_pyav(self.path, "damaged, its frames do not decode"):
             self._reopen()
@@ -347,7 +347,7 @@ class EncodedVideo:
 
         Frames that change size in mid-stream are brought to that of the first one, as decord does.
         """
-        height, width = size or self._upright_size()
+        height, width = size or (self.height, self.width)
         if self._turns % 2:
             height, width = width, height
         rgb = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC", threads=1)
