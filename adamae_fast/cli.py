@@ -79,6 +79,20 @@ def _check(parser: ArgumentParser, arguments: Namespace) -> int:
     return check_manifest(**arguments.as_dict())
 
 
+def _prepare_arguments(parser: ArgumentParser) -> None:
+    from adamae_fast.data.prepare import prepare
+
+    parser.add_argument("manifest", type=str, help="An annotation file, or a folder of videos.")
+    parser.add_argument("out", type=str, help="Folder to make, or to go on with.")
+    parser.add_function_arguments(prepare, skip={"manifest", "out"})
+
+
+def _prepare(parser: ArgumentParser, arguments: Namespace) -> int:
+    from adamae_fast.data.prepare import prepare
+
+    return prepare(**arguments.as_dict())
+
+
 def _visualize_arguments(parser: ArgumentParser) -> None:
     from adamae_fast.report.visualize import visualize
 
@@ -138,6 +152,7 @@ COMMANDS = {
     "info": Command("What is available on this machine, and why not.", _info_arguments, _info),
     "data synth": Command("Render a small labelled set of videos with known motion.", _synth_arguments, _synth),
     "data check": Command("List a manifest's videos, and what is unreadable and why.", _check_arguments, _check),
+    "data prepare": Command("Encode a manifest's videos once, so that reading is cheap.", _prepare_arguments, _prepare),
     "pretrain": Command("Pre-train with adaptive, random, tube or frame masking.", add_pretrain_arguments, _pretrain),
     "visualize": Command("Draw what a checkpoint sees, masks and predicts.", _visualize_arguments, _visualize),
     "convert": Command("Convert from and to published AdaMAE, VideoMAE, transformers.", _convert_arguments, _convert),
@@ -168,13 +183,19 @@ def _run(name: str, arguments: list[str]) -> int:
         if name == "bench" and arguments and not arguments[0].startswith("-"):
             return _run_bench(arguments[0], arguments[1:])  # options that follow are the measurement's
         command.add_arguments(parser)
-        return command.run(parser, parser.parse_args(arguments))
+        return command.run(parser, parser.parse_args([_underscored(argument) for argument in arguments]))
     except (ArgumentError, ValueError, OSError, RunStoppedError) as error:
         if os.environ.get("ADAMAE_DEBUG"):
             raise
         message = f"adamae-fast {name}: {error}"
         Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
+
+
+def _underscored(argument: str) -> str:
+    """An option's name as Python spells it: --short-side is --short_side."""
+    name, equals, value = argument.partition("=")
+    return (f"--{name[2:].replace('-', '_')}" if name.startswith("--") else name) + equals + value
 
 
 def _usage(words: list[str]) -> int:

@@ -418,7 +418,8 @@ class DaliStream:
             self._blamed.add(clip.path)
             log.warning("%s: DALI failed (%s); it is decoded on the CPU", clip.path, reason)
             self._failures[clip.kind] += 1
-            if self._failures[clip.kind] >= TRIALS and clip.kind not in self._decoded_kinds:
+            is_settled = clip.kind in self._suitability.refused or clip.kind in self._decoded_kinds
+            if self._failures[clip.kind] >= TRIALS and not is_settled:
                 log.warning("DALI decodes no %s: the data workers start again and decode it", clip.kind)
                 self._suitability.refused.add(clip.kind)
         return f"DALI failed: {reason}"

@@ -18,7 +18,8 @@ import stat
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from io import BytesIO
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,7 @@ from adamae_fast.data.packets import (
     presentation_times,
     shows_old_vp9,
 )
+from adamae_fast.data.shards import DamagedVideoError, PreparedVideo
 
 Frames = NDArray[np.uint8]
 
@@ -79,14 +81,20 @@ class VideoFile(Protocol):
     def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Frames:
         """Upright RGB frames (T, H, W, 3); ids may repeat. Raises IndexError for one outside 0..num_frames-1."""
 
+    def in_order(self, short_side: int) -> Iterator[Frames]:
+        """All frames (H, W, 3), one after another, of the size that :func:`fitted_size` says."""
+
     def close(self) -> None:
         """Give the file back. The object cannot be used afterwards."""
 
 
 def open_entry(entry: Entry, decoder: DecoderName = "auto") -> VideoFile:
-    """Open what a manifest's line names, a video or a folder of images."""
+    """Open what a manifest's line names: a video, a folder of images, or a prepared video."""
     if entry.kind == "frames":
         return FrameFolder(entry.path, entry.start, entry.num_frames)
+    if entry.prepared is not None:
+        require_decoder(decoder)
+        return PreparedFile(entry.prepared, decoder)
     return open_video(entry.path, decoder)
 
 
@@ -155,11 +163,27 @@ class EncodedVideo:
         except VideoError as error:
             raise VideoError(self.path, error.reason + problem) from error
 
+    def _source(self) -> str | BinaryIO:
+        """What the decoders open."""
+        return self._file
+
+    def in_order(self, short_side: int) -> Iterator[Frames]:
+        """See :class:`VideoFile`. One complete decode, by PyAV."""
+        size = fitted_size(self.height, self.width, short_side)
+        count = 0
+        with _errors_of_pyav(self.path, "damaged, its frames do not decode"):
+            self._reopen()
+            for frame in self._container.decode(self._stream):
+                yield self._upright_rgb(frame, size)
+                count += 1
+        if count != self.num_frames:
+            raise VideoError(self.path, f"damaged: {count} of {self.num_frames} frames decode")
+
     def _open(self) -> None:
         import av
 
         # Metadata in an unknown encoding is no reason to refuse the pictures.
-        self._container = av.open(self._file, metadata_errors="replace")
+        self._container = av.open(self._source(), "r", metadata_errors="replace")
         stream = self._container.streams.best("video")
         if stream is None:
             sound = self._container.streams.audio
@@ -235,7 +259,7 @@ class EncodedVideo:
     def _read_decord(self, wanted: list[int]) -> Frames:
         decord = _import_decord()
         try:
-            reader = decord.VideoReader(self._file, ctx=decord.cpu(0), num_threads=1, fault_tol=NO_RECOVERED_FRAMES)
+            reader = decord.VideoReader(self._source(), ctx=decord.cpu(0), num_threads=1, fault_tol=NO_RECOVERED_FRAMES)
             if len(reader) != self.num_frames:
                 raise VideoError(self.path, f"decord: counts {len(reader)} frames, there are {self.num_frames}")
             frames = cast(Frames, reader.get_batch(wanted).asnumpy())
@@ -315,14 +339,74 @@ class EncodedVideo:
         return sum(1 for _ in self._container.decode(self._stream))
 
     def _reopen(self) -> None:
-        self._container.close()
+        self.close()
         self._open()
 
-    def _upright_rgb(self, frame: Any) -> Frames:
-        # Frames that change size in mid-stream are brought to the first one's, as decord does.
-        width, height = self._frame_size
+    def _upright_rgb(self, frame: Any, size: tuple[int, int] | None = None) -> Frames:
+        """``size``: upright height and width; by default the first frame's.
+
+        Frames that change size in mid-stream are brought to that of the first one, as decord does.
+        """
+        height, width = size or (self.height, self.width)
+        if self._turns % 2:
+            height, width = width, height
         rgb = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC", threads=1)
         return np.rot90(rgb, self._turns)
+
+
+class PreparedFile(EncodedVideo):
+    """A video that ``data prepare`` wrote, in a tar shard.
+
+    Its frames follow one another at one distance in time from 0 on, and nothing in it leads decord astray: its packets
+    need not be listed. Its bytes are read at once and their checksum is compared, which takes less than 2 % of a clip's
+    decoding.
+    """
+
+    def __init__(self, video: PreparedVideo, decoder: DecoderName) -> None:
+        self.path = video.path
+        self._choice = decoder
+        try:
+            self._content = video.read()
+        except DamagedVideoError as error:
+            raise VideoError(self.path, str(error)) from error
+        self.codec = video.codec
+        self.fps = video.fps
+        self.num_frames = video.num_frames
+        self._frame_size = (video.width, video.height)
+        self.height, self.width = video.height, video.width
+        self.num_bytes = video.length
+        self._turns = 0
+        self._pts = None
+        self._decord_trap = self.dali_trap = None
+        self._container: Any = None  # opened when PyAV is to read from it
+        # PyAV's newer FFmpeg reads these files in 0.6 of decord's time.
+        self.decoder = "decord" if decoder == "decord" else "pyav"
+
+    def close(self) -> None:
+        """Close the container, if it was opened."""
+        if self._container is not None:
+            self._container.close()
+
+    def encoded(self) -> bytes:
+        """The bytes of the member."""
+        return self._content
+
+    def _source(self) -> BinaryIO:
+        return BytesIO(self._content)
+
+    def _frames_on_the_way(self, wanted: list[int]) -> int:
+        return wanted[-1] + 1 - wanted[0]  # and those between the key frame and the first one, fewer than --keyint
+
+    def _read_pyav(self, wanted: list[int]) -> Frames:
+        if self._container is None:
+            self._open()
+            found = (self._stream.frames, self._stream.width, self._stream.height)
+            if found != (self.num_frames, *self._frame_size):
+                raise VideoError(self.path, f"holds (frames, width, height) {found}, its index says otherwise")
+            step = (self._stream.duration or 0) // self.num_frames
+            # A seek goes to the key frame before; so every frame's time may stand for one.
+            self._pts = self._key_pts = list(range(0, self.num_frames * step, step))
+        return super()._read_pyav(wanted)
 
 
 class FrameFolder:
@@ -362,6 +446,18 @@ class FrameFolder:
             raise VideoError(self.path, f"images of different sizes (height, width): {sorted(sizes)}")
         return _select(np.stack(frames), wanted, inverse)
 
+    def in_order(self, short_side: int) -> Iterator[Frames]:
+        """See :class:`VideoFile`."""
+        from PIL import Image
+
+        first = self._image(self._names[0]).shape
+        height, width = fitted_size(first[0], first[1], short_side)
+        for name in self._names:
+            frame = self._image(name)
+            if frame.shape != first:
+                raise VideoError(self.path, f"images of different sizes: {name} has {frame.shape[:2]}, not {first[:2]}")
+            yield np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+
     def _image(self, name: str) -> Frames:
         with self._open_image(name) as image:
             return np.asarray(image.convert("RGB"))
@@ -376,6 +472,16 @@ class FrameFolder:
         # SyntaxError is Pillow's word for a broken PNG, EOFError for a cut-off file.
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise VideoError(self.path, f"{name}: {error}") from error
+
+
+def fitted_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width with a short side of at most ``short_side``, which is even: same shape, even, never enlarged."""
+    scale = min(1.0, short_side / min(height, width))
+    return _even(height, scale), _even(width, scale)
+
+
+def _even(side: int, scale: float) -> int:
+    return max(2, min(2 * round(side * scale / 2), side // 2 * 2))
 
 
 def _checked(ids: Sequence[int] | NDArray[np.int64], num_frames: int) -> tuple[list[int], NDArray[np.intp]]:

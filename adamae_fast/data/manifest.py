@@ -11,6 +11,8 @@ One line names one video; columns are separated by a comma, by blanks or by tabs
 ====================================  =================================================================================
 
 The last two look alike. One manifest holds one of them, and :func:`_choose_columns` finds out which.
+
+A folder that ``data prepare`` wrote is a manifest too; :mod:`adamae_fast.data.shards` reads it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from adamae_fast.data.shards import PreparedError, PreparedVideo, find_index, read_prepared
 
 VIDEO_EXTENSIONS = frozenset(
     f".{name}"
@@ -63,7 +67,7 @@ ACCEPTED_FORMATS = """accepted lines, with a comma, blanks or tabs between colum
   folder start_index total_frames   a folder of images such as img_00001.jpg
   folder total_frames label         a folder of images
   # anything                        a comment
-or, in place of a manifest, a folder that is searched for videos"""
+or, in place of a manifest, a folder that is searched for videos, or one that adamae-fast data prepare wrote"""
 
 Columns = Literal["start_index total_frames", "total_frames label"]
 _BOTH: tuple[Columns, ...] = ("start_index total_frames", "total_frames label")
@@ -83,7 +87,7 @@ class Entry:
     """One video of a manifest."""
 
     path: str
-    """A video file, or a folder of images."""
+    """A video file, a folder of images, or ``shard path:member`` of a prepared video; its name in quarantine."""
 
     label: int | None
     """Its class; None where the manifest does not say."""
@@ -94,8 +98,11 @@ class Entry:
     num_frames: int | None = None
     """kind="frames": images that belong to the clip, counted from ``start``; None for a video."""
 
-    kind: Literal["video", "frames"] = "video"
-    """A video file, or a folder of images."""
+    kind: Literal["video", "frames", "prepared"] = "video"
+    """A video file, a folder of images, or a video in a shard that ``data prepare`` wrote."""
+
+    prepared: PreparedVideo | None = None
+    """kind="prepared": where the video lies in its shard, and its size, frames and checksum."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ class _FolderLine:
 
 
 def read_manifest(path: str, root: str | None = None) -> list[Entry]:
-    """Read an annotation file, or search a folder for videos.
+    """Read an annotation file, search a folder for videos, or take those of a folder that ``data prepare`` wrote.
 
     ``root`` is where relative paths start; the manifest's own folder if None. A video path without an extension gets
     ``.mp4``. A folder is searched through, its videos sorted by path, without labels. Missing files are no error here:
@@ -128,11 +135,15 @@ def read_manifest(path: str, root: str | None = None) -> list[Entry]:
 
     Raises:
         ManifestError: nothing at ``path``, no permission to read it or a folder in it, no videos in it, no text in
-            UTF-8, or a line that fits no format, or fits two.
+            UTF-8, or a line that fits no format, or fits two; a preparation that is unfinished, or whose index names
+            anything outside its folder or its shards.
     """
     source = Path(os.path.expanduser(path))
     base = source.parent if root is None else Path(os.path.expanduser(root))
     with _clear_os_errors(path):
+        index = find_index(path)
+        if index is not None:
+            return _read_prepared(index, root)
         if _is_folder(path):
             if root is not None:
                 raise ManifestError(f"data.root={root!r}: has no effect on a folder of videos ({path}); leave it null")
@@ -163,6 +174,18 @@ def numbered_images(folder: str) -> dict[int, str]:
             raise ValueError(f"{images[number]} and {name} have the same number; keep one kind of image in a folder")
         images[number] = name
     return dict(sorted(images.items()))
+
+
+def _read_prepared(index: Path, root: str | None) -> list[Entry]:
+    if root is not None:
+        raise ManifestError(f"data.root={root!r}: has no effect on prepared videos ({index}); leave it null")
+    try:
+        videos = read_prepared(index)
+    except PreparedError as error:
+        raise ManifestError(str(error)) from error
+    if not videos:
+        raise ManifestError(f"{index}: holds no videos; quarantine.jsonl beside it says why they were unreadable")
+    return [Entry(video.path, label, kind="prepared", prepared=video) for video, label in videos]
 
 
 def _is_folder(path: str) -> bool:

@@ -315,15 +315,33 @@ def test_cut_short(tmp_path: Path, write_video: WriteVideo, numbers: Numbers) ->
         assert numbers(video.read([0, 20])) == [0, 20]
 
 
-def _destroy(path: Path, first: int, last: int) -> None:
-    """Overwrite the second half of the packets ``first`` to ``last``."""
+def _destroy(path: Path, first: int, last: int, intact: int = 2) -> None:
+    """Overwrite the packets ``first`` to ``last``, but for their first half, or a part of 1 / ``intact``."""
     with av.open(str(path)) as container:
         packets = [(p.pos, p.size) for p in container.demux(container.streams.video[0]) if p.size]
     content = bytearray(path.read_bytes())
     for position, size in packets[first : last + 1]:
         assert position is not None
-        content[position + size // 2 : position + size] = bytes(size - size // 2)
+        content[position + size // intact : position + size] = bytes(size - size // intact)
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize("decoder", [name for name in DECODERS if name != "auto"])
+def test_only_frames_on_the_way_are_decoded(
+    tmp_path: Path, write_video: WriteVideo, numbers: Numbers, decoder: DecoderName
+) -> None:
+    """Damage before the key frame and behind the last frame asked for is not met."""
+    path = write_video(tmp_path / "a.mp4", 60, options={"g": "10", "bf": "0", "sc_threshold": "0"})
+    behind = ((36, 39), (41, 49), (51, 59)) if decoder == "pyav" else ()  # decord sends packets ahead, by chance more
+    for first, last in ((1, 9), (11, 19), (21, 29), *behind):
+        _destroy(path, first, last, intact=10**6)
+    for ids, num_decoded in (([32, 34], 5), ([30], 1), ([31, 33, 35], 6), ([35], 6)):
+        with closing(open_video(str(path), decoder)) as video:
+            assert numbers(video.read(ids)) == ids
+            assert video.num_decoded == num_decoded
+    for ids in ([28, 31], [29], *([33, 36] for _ in behind[:1])):
+        with closing(open_video(str(path), decoder)) as video, pytest.raises(VideoError):
+            video.read(ids)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "open.mp4"])

@@ -27,7 +27,7 @@ from adamae_fast.config import DataConfig, DecoderName, ModelConfig, PretrainCon
 from adamae_fast.data import dataset as dataset_module
 from adamae_fast.data import watchdog as watchdog_module
 from adamae_fast.data.dataset import NoReadableVideoError, PretrainClips
-from adamae_fast.data.decode import VideoError, VideoFile, open_entry
+from adamae_fast.data.decode import VideoError, VideoFile, decord_is_installed, open_entry
 from adamae_fast.data.loader import CRASH_SIGNALS, Batch, clip_batches
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError, TooManyBadVideosError
@@ -122,6 +122,22 @@ def test_a_resumed_stream_goes_on_where_it_was(entries: list[Entry]) -> None:
     whole = list(clip_batches(_config(), entries, 0, 6))
     _assert_same(whole[4:], list(clip_batches(_config(num_workers=2), entries, 4, 6)))
     assert list(clip_batches(_config(num_workers=1), entries, 6, 6)) == []
+
+
+def test_only_workers_open_videos(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a decoder holds (threads, locks) does not survive a fork; what this process read before does no harm."""
+    for decoder in ("decord", "pyav") if decord_is_installed() else ("pyav",):
+        with closing(open_entry(entries[0], decoder)) as video:  # type: ignore[arg-type]
+            video.read([3, 5])
+            alone = list(clip_batches(_config(decoder=decoder), entries, 0, 3))
+
+            def open_in_a_worker(entry: Entry, decoder: DecoderName) -> VideoFile:
+                assert multiprocessing.parent_process() is not None
+                return open_entry(entry, decoder)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(dataset_module, "open_entry", open_in_a_worker)
+                _assert_same(alone, list(clip_batches(_config(decoder=decoder, num_workers=2), entries, 0, 3)))
 
 
 def test_global_generators_are_left_alone(entries: list[Entry]) -> None:
