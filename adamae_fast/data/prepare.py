@@ -387,14 +387,14 @@ class _Pool:
                     if isinstance(outcome, OSError):
                         raise outcome
                     yield worker.position, outcome
-                    position = next(following, None)
-                    if position is not None and worker.process.is_alive():
-                        worker.send(position)
+                    upcoming = next(following, None)
+                    if upcoming is not None and worker.process.is_alive():
+                        worker.send(upcoming)
                         continue
                     self.workers.remove(worker)
                     worker.end()
-                    if position is not None:
-                        self._start(position)
+                    if upcoming is not None:
+                        self._start(upcoming)
                 refresh()
         finally:
             for worker in self.workers:

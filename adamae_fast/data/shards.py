@@ -173,7 +173,9 @@ def _read_shard(index: Path, number: int, line: bytes, first_entry: int, num_ent
         if not condition:
             raise PreparedError(f"{index}, line {number}: {problem}; prepare the videos again, in a new folder")
 
-    record = _json_object(line) or {}
+    record: dict[str, Any] = _json_object(line) or {}
+    end: Any
+    name: Any
     videos, end, name = record.get("videos"), record.get("end"), record.get("shard")
     require(isinstance(videos, list) and isinstance(record.get("unreadable"), list), "not the record of a shard")
     require(_is_count(end, first_entry + 1) and end <= num_entries, f"end={end!r} does not follow {first_entry}")

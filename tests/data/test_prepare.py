@@ -152,6 +152,28 @@ def test_no_trap_and_a_key_frame_every_eight(prepared: Path, tmp_path: Path) -> 
         assert content.index(b"moov") < content.index(b"mdat")  # a reader need not jump to its end first
 
 
+def test_dali_decodes_frames_by_their_numbers(prepared: Path, numbers: Numbers) -> None:
+    dali = pytest.importorskip("nvidia.dali")
+    if prepared.name == "h264":
+        pytest.skip("DALI decodes H.264 on a GPU only")
+    entry = read_manifest(str(prepared))[0].prepared
+    assert entry is not None
+
+    @dali.pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def pipeline() -> Any:
+        shard = Path(entry.shard)
+        video, label = dali.fn.readers.webdataset(
+            paths=[str(shard)], index_paths=[str(shard.with_suffix(".idx"))], ext=["mp4", "cls"]
+        )
+        return dali.fn.decoders.video(video, device="cpu", start_frame=13, stride=4, sequence_length=8), label
+
+    built = pipeline()
+    built.build()
+    frames, label = built.run()
+    assert numbers(frames.at(0)) == list(range(13, 45, 4))
+    assert label.at(0).tobytes() == b"0"
+
+
 def test_a_second_call_has_nothing_to_do(prepared: Path, manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
     assert prepare(str(manifest), str(prepared), codec=prepared.name, keyint=8, shards="0.02MB") == 1  # type: ignore[arg-type]
