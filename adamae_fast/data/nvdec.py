@@ -64,8 +64,8 @@ def reason_missing() -> str | None:
 
 def decodable(device: torch.device) -> dict[str, Limits]:
     """For each codec that ``device`` decodes as 8-bit 4:2:0, by FFmpeg's name: the sizes of frames."""
-    torch.zeros(1, device=device)  # the library asks in the thread's CUDA context
     with torch.cuda.device(device):
+        torch.zeros(1, device=device)  # makes the CUDA context, which the library needs
         return _ask(ctypes.CDLL(LIBRARY))
 
 

@@ -448,7 +448,7 @@ def _prepare_one(path: Path, entry: Entry, settings: Settings) -> Outcome | OSEr
     draft = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
     try:
         facts = encode(entry, draft, settings)
-        write_file(facts_path, json.dumps(facts), path.parent)
+        facts_path.write_text(json.dumps(facts))  # half of it would not be JSON
         draft.replace(path)
         return Outcome(facts)
     except VideoError as error:

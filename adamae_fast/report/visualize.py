@@ -16,7 +16,8 @@ from PIL import Image
 
 from adamae_fast.config import PretrainConfig, load_config
 from adamae_fast.data.clips import CropBox, View, apply_view, center_box, frame_ids
-from adamae_fast.data.decode import VideoError, open_video
+from adamae_fast.data.decode import VideoError, open_entry
+from adamae_fast.data.manifest import Entry
 from adamae_fast.data.synthetic import read_boxes
 from adamae_fast.device import pick_device
 from adamae_fast.model.adamae import AdaMAE
@@ -77,8 +78,9 @@ def visualize(checkpoint: str, videos: list[str], out: str = "pictures", seed: i
         run, title = RunFolder(folder), folder.name
     model = AdaMAE.from_pretrained(folder).to(pick_device(device))
     config = load_config(config_file)
+    entries = [Entry(path, None) for path in videos]
     report = write_report(
-        run, model, config, videos, title=title, path=Path(out) / "report.html", pictures=out, seed=seed
+        run, model, config, entries, title=title, path=Path(out) / "report.html", pictures=out, seed=seed
     )
     print(f"pictures of {len(videos) - len(report.unreadable)} of {len(videos)} videos in {out}; report: {report.path}")
     for error in report.unreadable:
@@ -92,9 +94,9 @@ def write_report(
     run: RunFolder,
     model: AdaMAE,
     config: PretrainConfig,
-    videos: Sequence[str],
+    videos: Sequence[Entry],
     *,
-    boxed_videos: Sequence[str] = (),
+    boxed_videos: Sequence[Entry] = (),
     title: str = "",
     path: str | Path | None = None,
     pictures: str | Path | None = None,
@@ -106,7 +108,7 @@ def write_report(
         run: the folder whose metrics, quarantine and configuration are shown; what it lacks is left out.
         model: the trained model, on the device to be used; its mode is left as it was.
         config: the run's configuration; gives stride, decoder and target, and with its seed the untrained model.
-        videos: paths of the videos to be pictured.
+        videos: those to be pictured.
         boxed_videos: more videos for the adaptivity figure, not pictured. Of all videos, those count whose boxes are
             known (``data.synthetic.read_boxes``).
         title: heading of the page; the run's folder name if empty.
@@ -118,12 +120,13 @@ def write_report(
     """
     figures: list[VideoFigure] = []
     clips, coverages, unreadable = [], [], []
-    names = _file_names(videos)
+    names = _file_names([entry.path for entry in videos])
     if pictures is not None:
         Path(pictures).mkdir(parents=True, exist_ok=True)
-    for video in dict.fromkeys([*videos, *boxed_videos]):
+    for entry in dict.fromkeys([*videos, *boxed_videos]):
+        video = entry.path
         try:
-            clip = read_center_clip(video, config)
+            clip = read_center_clip(entry, config)
         except VideoError as error:
             unreadable.append(error)
             continue
@@ -155,9 +158,9 @@ def write_report(
     return Report(page, adaptivity, unreadable)
 
 
-def read_center_clip(path: str, config: PretrainConfig) -> CenterClip:
+def read_center_clip(entry: Entry, config: PretrainConfig) -> CenterClip:
     """Read the clip in the middle of a video, without any randomness. Raises VideoError."""
-    file = open_video(path, config.data.decoder)
+    file = open_entry(entry, config.data.decoder)
     try:
         ids = frame_ids(file.num_frames, config.model.num_frames, config.data.stride, None)
         frames_THWC = file.read(ids)

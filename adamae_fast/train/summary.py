@@ -87,6 +87,6 @@ def _write(run: RunFolder, summary: dict[str, object]) -> None:
 def _draw_report(run: RunFolder, config: PretrainConfig, model: AdaMAE, entries: Sequence[Entry]) -> Report:
     """Picture the first readable videos; measure adaptivity on those whose moving boxes are known."""
     bad = {line["path"] for line in read_json_lines(run.quarantine)}
-    videos = [entry.path for entry in islice(entries, NUM_BOXED) if entry.kind == "video" and entry.path not in bad]
-    boxed = [path for path in videos if read_boxes(path) is not None]
+    videos = [entry for entry in islice(entries, NUM_BOXED) if entry.path not in bad]
+    boxed = [entry for entry in videos if read_boxes(entry.path) is not None]
     return write_report(run, model, config, videos[:NUM_PICTURED], boxed_videos=boxed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
+import multiprocessing
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -23,8 +24,9 @@ from adamae_fast.data.dali import DaliError, DaliPipeline, Suitability
 from adamae_fast.data.dataset import EncodedClip, NoReadableVideoError, VideoKind
 from adamae_fast.data.decode import open_video
 from adamae_fast.data.loader import Batch, clip_batches
-from adamae_fast.data.manifest import Entry
+from adamae_fast.data.manifest import Entry, read_manifest
 from adamae_fast.data.packets import Packet, find_dali_trap, shows_old_vp9
+from adamae_fast.data.prepare import prepare
 from adamae_fast.data.synthetic import render
 from adamae_fast.train.stalls import LoadFigures
 
@@ -212,6 +214,51 @@ def test_a_resumed_stream_goes_on_where_it_was(videos: dict[str, Path], tmp_path
     _assert_same(whole[:2], list(itertools.islice(clip_batches(_config(repeat=2, flip=True), entries, 0, 6), 2)))
 
 
+def test_prepared_shards(tmp_path: Path, write_video: Callable[..., Path]) -> None:
+    """Their videos need no look at their packets; a member whose bytes have changed is replaced."""
+    manifest, out = tmp_path / "list.txt", tmp_path / "prepared"
+    paths = [write_video(tmp_path / f"{i}.mp4", 20, height=96, width=128) for i in range(3)]
+    manifest.write_text("".join(f"{path}\n" for path in paths))
+    assert prepare(str(manifest), str(out), codec="vp9", short_side=SIDE, num_workers=1) == 0
+    entries = read_manifest(str(out))
+    by_dali = _batches(entries, 3, repeat=2)
+    assert sum(batch.num_by_dali for batch in by_dali) == 6
+    _assert_close(by_dali, _batches(entries, 3, repeat=2, decoder="auto"))
+    assert entries[1].prepared is not None
+    with (out / "shard-00000.tar").open("r+b") as shard:
+        shard.seek(entries[1].prepared.offset + 99)
+        shard.write(b"changed")
+    by_dali = _batches(entries, 3, repeat=2)
+    assert {bad.path for batch in by_dali for bad in batch.bad} == {entries[1].path}
+    _assert_close(by_dali, _batches(entries, 3, repeat=2, decoder="auto"))
+
+
+def test_batches_before_an_error_are_delivered(
+    videos: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers are a batch ahead: what they meet there ends the run one batch later."""
+    monkeypatch.setattr("adamae_fast.data.dataset.MAX_ATTEMPTS", 1)
+    entries = _entries(*videos.values(), tmp_path / "missing.webm")
+    missing = epoch_order(SEED, 0, len(entries)).tolist().index(len(entries) - 1)
+    assert missing > 0
+    batches = clip_batches(_config(batch_size=1), entries, 0, 6)
+    expected = _batches(entries, missing, batch_size=1)
+    _assert_same(list(itertools.islice(batches, missing)), expected)
+    with pytest.raises(NoReadableVideoError):
+        next(batches)
+
+
+def test_closing_ends_the_workers(videos: dict[str, Path]) -> None:
+    others = set(multiprocessing.active_children())
+    with closing(clip_batches(_config(num_workers=2), _entries(*videos.values()), 0, 10**6)) as batches:
+        next(batches)
+        workers = [child for child in multiprocessing.active_children() if child not in others]
+        assert len(workers) == 2
+    for worker in workers:
+        worker.join(10)
+        assert not worker.is_alive()
+
+
 def _damage(source: Path, path: Path, frame: int) -> Path:
     """Overwrite one packet, but for its first bytes: opening the file does not show it."""
     with av.open(str(source)) as container:
@@ -225,9 +272,15 @@ def _damage(source: Path, path: Path, frame: int) -> Path:
 
 
 def test_a_file_that_fails_in_dali_spoils_no_batch(
-    videos: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    videos: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The worker sees nothing wrong; DALI fails; so does the CPU path, which replaces it."""
+    built = []
+    build = DaliPipeline._build
+    monkeypatch.setattr(DaliPipeline, "_build", lambda pipeline: built.append(pipeline) or build(pipeline))
     damaged = _damage(videos["vp9.mp4"], tmp_path / "damaged.mp4", 32)
     with closing(open_video(str(damaged))) as video:
         assert (video.num_frames, Suitability(torch.device("cpu")).reason_against(video)) == (60, None)
@@ -238,7 +291,8 @@ def test_a_file_that_fails_in_dali_spoils_no_batch(
     assert {reason.split(":")[0] for batch in by_dali for reason in batch.fell_back} == {"DALI failed"}
     assert sum(batch.num_by_dali for batch in by_dali) == 15
     _assert_close(by_dali, _batches(entries, 6, decoder="auto", **options))
-    assert "data workers start again" not in capfd.readouterr().err
+    assert len(built) == 3  # at first, after the batch, after the file by itself; DALI does not meet it again
+    assert not caplog.records
 
 
 def test_kinds_that_dali_does_not_decode_are_left_to_the_workers(

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +44,14 @@ SOURCES: dict[str, dict[str, Any]] = {
 }
 IMAGES = 12
 UNREADABLE = {"text.mp4": "no video, cut short or damaged", "missing.mp4": "no such file or directory"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """A killed process leaves to the system what it has written; only a power cut asks for more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 from adamae_fast.config import DataConfig, MaskConfig, ModelConfig, PretrainConfig, save_config
 from adamae_fast.data.clips import frame_ids
+from adamae_fast.data.manifest import Entry, read_manifest
+from adamae_fast.data.prepare import prepare
 from adamae_fast.data.synthetic import read_boxes, synthesize
 from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.report.visualize import read_center_clip, visualize, write_report
@@ -56,7 +58,7 @@ def contents(folder):
 
 
 def test_center_clip_is_the_middle_of_time_and_space(videos):
-    clip = read_center_clip(videos[0], CONFIG)
+    clip = read_center_clip(Entry(videos[0], None), CONFIG)
     assert clip.num_video_frames == 10
     assert clip.frame_ids.tolist() == [1, 3, 5, 7]
     assert (clip.crop.left, clip.crop.top, clip.crop.width, clip.crop.height) == (16, 0, 64, 64)
@@ -99,7 +101,7 @@ def test_a_videos_mask_does_not_depend_on_the_others(run, videos, tmp_path):
 
 def test_boxes_lie_where_the_clip_moves(videos):
     """The crop of the boxes is the crop of the frames: what changes between frames is inside the boxes."""
-    clip = read_center_clip(videos[0], CONFIG)
+    clip = read_center_clip(Entry(videos[0], None), CONFIG)
     boxes = read_boxes(videos[0])[clip.frame_ids] - [clip.crop.left, clip.crop.top] * 2
     inside = np.zeros((4, 64, 64), dtype=bool)
     for t, boxes_O4 in enumerate(boxes):
@@ -134,7 +136,8 @@ def test_videos_of_one_name_do_not_overwrite_each_other(run, videos, tmp_path):
 
 def test_report_measures_on_more_videos_than_it_pictures(videos, tmp_path):
     model = build_model().train()
-    report = write_report(RunFolder(tmp_path / "run"), model, CONFIG, videos[:1], boxed_videos=videos)
+    entries = [Entry(path, None) for path in videos]
+    report = write_report(RunFolder(tmp_path / "run"), model, CONFIG, entries[:1], boxed_videos=entries)
     assert model.training
     assert report.path == tmp_path / "run" / "report.html"
     assert report.unreadable == []
@@ -148,7 +151,7 @@ def test_report_measures_on_more_videos_than_it_pictures(videos, tmp_path):
 
 def test_report_of_a_random_mask_has_neither_probability_nor_adaptivity(videos, tmp_path):
     config = replace(CONFIG, mask=MaskConfig(strategy="random", ratio=0.75))
-    report = write_report(RunFolder(tmp_path), build_model(config), config, videos[:1], pictures=tmp_path)
+    report = write_report(RunFolder(tmp_path), build_model(config), config, [Entry(videos[0], None)], pictures=tmp_path)
     assert report.adaptivity is None
     with Image.open(tmp_path / f"{Path(videos[0]).stem}.png") as strip:
         assert 4 * 128 < strip.height < 5 * 128
@@ -163,12 +166,25 @@ def test_device_that_is_not_there_is_a_users_error(run, videos, tmp_path):
 def test_real_videos_of_every_container_can_be_pictured(shared_clips, tmp_path):
     model = build_model()
     paths = [str(shared_clips / "good" / name) for name in ("goat.mp4", "flipping_a_pancake.mkv", "testsrc2_vp9.webm")]
-    report = write_report(RunFolder(tmp_path), model, CONFIG, paths, pictures=tmp_path)
+    report = write_report(RunFolder(tmp_path), model, CONFIG, [Entry(path, None) for path in paths], pictures=tmp_path)
     assert report.unreadable == []
     assert report.adaptivity is None
     for path in paths:
-        clip = read_center_clip(path, CONFIG)
+        clip = read_center_clip(Entry(path, None), CONFIG)
         total, box = clip.num_video_frames, clip.crop
         assert clip.frame_ids.tolist() == frame_ids(total, 4, 2, None).tolist()
         assert box.width == box.height
     assert len(list(tmp_path.glob("*.gif"))) == 3
+
+
+def test_prepared_videos_and_images_can_be_pictured(videos, tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(videos))
+    assert prepare(str(tmp_path / "list.txt"), str(tmp_path / "prepared"), short_side=32, num_workers=1) == 0
+    entries = read_manifest(str(tmp_path / "prepared"))
+    (tmp_path / "images").mkdir()
+    for number in range(9):
+        Image.new("RGB", (48, 40), (20 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
+    entries.append(Entry(str(tmp_path / "images"), None, num_frames=9, kind="frames"))
+    report = write_report(RunFolder(tmp_path), build_model(), CONFIG, entries, pictures=tmp_path / "out")
+    assert report.unreadable == []
+    assert len(contents(tmp_path / "out")) == 2 * len(entries)
