@@ -1,12 +1,13 @@
 """Builds csrc/: adamae_fast/_C, operations for the CPU, and adamae_fast/_CUDA, CUDA C++; the rest is in pyproject.toml.
 
 ADAMAE_BUILD_CPP=0 or ADAMAE_BUILD_CUDA=0 leaves one out, =1 makes a failure an error. By default a failure is reported,
-and CUDA is built if torch is a build with CUDA and the toolkit is there. No GPU is looked at: what is compiled is
-GPU_CODE, or what TORCH_CUDA_ARCH_LIST says if that is set.
+and CUDA is built if torch is a build with CUDA and the toolkit is there. No GPU is looked at: it is
+compiled for those of ARCHITECTURES that nvcc knows, or for what TORCH_CUDA_ARCH_LIST says if that is set.
 """
 
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,26 +18,19 @@ LIBRARIES = {
     "CPP": ("_C", "C++", "the operations run as plain PyTorch references, which are slower and need more memory"),
     "CUDA": ("_CUDA", "CUDA", "impl='cuda' cannot be asked for"),
 }
+# PyTorch's stable ABI of 2.10: the library runs with that version and every later one.
+COMMON = ("-std=c++20", "-O3", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 FLAGS = [
-    "-std=c++20",
-    "-O3",
+    *COMMON,
     "-g0",  # debug information would be ten times the library
     "-fopenmp-simd",  # reductions may be vectorised where the source says so; threads are torch's own
     "-ffp-contract=off",  # a + b · c is rounded twice, so that noise has the same bits everywhere
     "-fno-trapping-math",  # both sides of a choice may be computed, as nothing reads the processor's flags
     "-fvisibility=hidden",
-    # PyTorch's stable ABI of 2.10: the library runs with that version and every later one.
-    "-DTORCH_STABLE_ONLY",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
-NVCC_FLAGS = [
-    *("-std=c++20", "-O3", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
-    "-fmad=false",  # a + b · c is rounded twice, so that noise has the same bits everywhere
-    "-Xcompiler=-fvisibility=hidden",
-    "-DUSE_CUDA",  # torch's headers then declare its streams
-]
-GPU_CODE = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90, 100)]
-GPU_CODE.append("-gencode=arch=compute_100,code=compute_100")  # the driver compiles it for later ones
+# Products and sums are rounded one by one here, too; with USE_CUDA torch's headers declare its streams.
+NVCC_FLAGS = [*COMMON, "-fmad=false", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA"]
+ARCHITECTURES = (80, 90, 100)
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-march=x86-64-v3")  # AVX2 and FMA, so that a wheel also runs on another machine than this one
 
@@ -44,6 +38,13 @@ if platform.machine() in ("x86_64", "AMD64"):
 def say(line: str) -> None:
     """Print where pip shows it: with -v, or when the build fails."""
     print(f"adamae-fast: {line}", file=sys.stderr, flush=True)
+
+
+def gpu_code(nvcc: str) -> list[str]:
+    """Flags for those of ARCHITECTURES that nvcc knows, and for code that the driver compiles for later GPUs."""
+    known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES if f"sm_{arch}" in known]
+    return codes + [code.replace("code=sm", "code=compute") for code in codes[-1:]]
 
 
 def leave_out(name: str, why: str) -> None:
@@ -92,6 +93,8 @@ def build() -> dict[str, object]:
                 say(f"building {LIBRARIES[name][1]} operations with torch {torch.__version__}")
                 self.extensions, self.compiler, self.inplace = [extension], compiler, inplace
                 try:
+                    if name == "CUDA" and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+                        extension.extra_compile_args["nvcc"] = NVCC_FLAGS + gpu_code(f"{CUDA_HOME}/bin/nvcc")
                     super().run()
                     built.append(extension)
                 except Exception as error:  # a missing or unfit compiler shows in many ways
@@ -103,8 +106,7 @@ def build() -> dict[str, object]:
     files = sorted(str(path) for path in Path("csrc").iterdir())
     common = {"depends": [f for f in files if f.endswith((".h", ".cuh"))], "py_limited_api": True}
     cpp, cuda = ([f for f in files if f.endswith(end)] for end in (".cpp", (".cu", "library.cpp")))
-    flags = {"cxx": FLAGS, "nvcc": NVCC_FLAGS + ([] if os.environ.get("TORCH_CUDA_ARCH_LIST") else GPU_CODE)}
-    make = {"CPP": (CppExtension, cpp, FLAGS), "CUDA": (CUDAExtension, cuda, flags)}
+    make = {"CPP": (CppExtension, cpp, FLAGS), "CUDA": (CUDAExtension, cuda, {"cxx": FLAGS, "nvcc": NVCC_FLAGS})}
     parts = [(LIBRARIES[name][0], *make[name]) for name in wanted]
     return {
         "ext_modules": [kind(f"adamae_fast.{lib}", s, extra_compile_args=f, **common) for lib, kind, s, f in parts],

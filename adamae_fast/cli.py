@@ -122,8 +122,25 @@ def _convert(parser: ArgumentParser, arguments: Namespace) -> int:
     return 0
 
 
+_MEASUREMENTS = {
+    "step": "a whole training step: time, memory and agreement of ours with other implementations",
+    "memory": "the memory column of the paper's Table 1",
+    "throughput": "clips and tokens a second against batch size and masking strategy",
+    "profile": "where a training step spends its time",
+    "saved": "bytes kept for the backward by each --train.recompute",
+    "run": "single operations against plain PyTorch and torch.compile",
+    "gpu": "all of these on a GPU machine, resumed where they were cut off",
+    "report": "no measurement: all results as one page, docs/results.md",
+}
+"""Modules of bench/ that are commands, and what each measures."""
+
+
+def _measurements() -> str:
+    return "\n".join(f"  {name:<12}{what}" for name, what in _MEASUREMENTS.items())
+
+
 def _bench_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("name", type=str, help="step, memory, throughput, profile, report, run or gpu.")
+    parser.add_argument("name", type=str, help=f"{', '.join(_MEASUREMENTS)}; without a name: what each measures.")
     parser.add_argument("arguments", type=str, nargs="*", help="Its own; adamae-fast bench NAME --help lists them.")
 
 
@@ -139,10 +156,8 @@ def _run_bench(name: str, arguments: Sequence[str]) -> int:
     root = Path(__file__).parents[1]
     if not (root / "bench" / "run.py").is_file():
         raise ValueError(f"bench {name}: measurements run in a checkout of the project; {root} is an installation")
-    if not name.isidentifier() or not (root / "bench" / f"{name}.py").is_file():
-        raise ValueError(
-            f"bench {name}: no such measurement; choose step, memory, throughput, profile, report, run, gpu"
-        )
+    if name not in _MEASUREMENTS:
+        raise ValueError(f"there is no measurement {name!r}; choose one of\n{_measurements()}")
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", f"bench.{name}", *arguments]
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
@@ -180,7 +195,9 @@ def _run(name: str, arguments: list[str]) -> int:
     command = COMMANDS[name]
     parser = ArgumentParser(prog=f"adamae-fast {name}", description=command.summary, exit_on_error=False)
     try:
-        if name == "bench" and arguments and not arguments[0].startswith("-"):
+        if name == "bench" and not arguments:
+            raise ValueError(f"name a measurement, such as adamae-fast bench step:\n{_measurements()}")
+        if name == "bench" and not arguments[0].startswith("-"):
             return _run_bench(arguments[0], arguments[1:])  # options that follow are the measurement's
         command.add_arguments(parser)
         return command.run(parser, parser.parse_args([_underscored(argument) for argument in arguments]))

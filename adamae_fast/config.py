@@ -107,20 +107,22 @@ class DecoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Which implementation computes attention in training (names and table: ``docs/attention.md``).
+    """Which implementation computes attention in training. They differ in speed and rounding, not in what they compute.
 
-    auto takes the table's choice for the GPU, the number of tokens and the head width. A name forces that one: where it
-    cannot run, training does not start. They differ in speed and rounding, not in what they compute.
+    A name forces that one: where it cannot run, training does not start, and the message says why.
     """
 
     encoder: AttentionName = "auto"
-    """For the visible tokens (78 of 64 channels a head in the paper's model)."""
+    """Attention of the encoder, over the visible tokens. auto: the one preferred for this device and these sizes
+    (recommended); sdpa: PyTorch's own choice among its fused kernels; sdpa_flash, sdpa_cudnn, sdpa_efficient: that one
+    of them; flash_attn_2, flash_attn_3, xformers: that package, which has to be installed; reference: the plain
+    formula, slow and with an N × N matrix. What each takes, and what auto prefers: docs/attention.md."""
 
     sampler: AttentionName = "auto"
-    """For all tokens in the adaptive sampler (1568 of 96)."""
+    """Attention of the adaptive sampler, over all tokens; choices as for the encoder."""
 
     decoder: AttentionName = "auto"
-    """For all tokens in the decoder (1568 of 64)."""
+    """Attention of the decoder, over visible and decoded tokens; choices as for the encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +151,7 @@ class ModelConfig:
     """The transformer that reconstructs masked tokens."""
 
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    """Which implementation computes attention in training; no matter of the weights."""
+    """Which implementation computes attention in training; it changes speed and rounding, not the weights' layout."""
 
     layer_norm: FusedBy = "torch"
     """Whose LayerNorm trains: torch's, or the fused one of NVIDIA apex where it is installed (CUDA only). Weights are
@@ -223,7 +225,8 @@ class DataConfig:
     """Folder that relative paths of the manifest start from; the manifest's own folder if null."""
 
     decoder: DecoderName = "auto"
-    """auto: decord where it is installed and can open the file, otherwise PyAV; decord, pyav: that one only."""
+    """auto: the fastest that reads everything, which is PyAV; pyav, decord: that one. What decord cannot read:
+    docs/data.md."""
 
     stride: int = 4
     """Distance between two frames of a clip, in frames of the video."""
@@ -243,6 +246,9 @@ class DataConfig:
     num_workers: int = 2
     """Decoding processes; 0 decodes in the training process."""
 
+    timeout: float = 60.0
+    """Seconds that a worker may spend on one video. One that takes longer counts as unreadable."""
+
     max_bad_share: float = 0.05
     """The run stops when more than this share of the manifest's videos turned out unreadable."""
 
@@ -250,6 +256,7 @@ class DataConfig:
         _require(self.stride >= 1, "data.stride", self.stride, "choose at least 1")
         _require(self.repeat >= 1, "data.repeat", self.repeat, "choose at least 1")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "choose 0 or more processes")
+        _require(self.timeout > 0, "data.timeout", self.timeout, "choose a positive number of seconds")
         _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "choose a share in [0, 1]")
         low, high = self.random_resized_scale
         _require(
@@ -330,7 +337,8 @@ class TrainConfig:
     recompute: Recompute = "none"
     """What the backward computes again instead of keeping it. Of the 16 numbers that a transformer block keeps for each
     token and channel, pointwise (LayerNorm and GELU) keeps 10, fc1 (the first MLP layer, too) 6, block (attention, too)
-    2. Each saves memory and costs time, block most; results are the same but for rounding."""
+    2. Each saves memory and costs time, block most (docs/speed.md). Results are the same: to the last bit on the CPU,
+    but for rounding on a GPU and with train.compile."""
 
     compile: bool = False
     """Compile the transformer blocks with torch.compile. Cost: a C++ compiler or Triton, and a wait before the first
@@ -339,8 +347,9 @@ class TrainConfig:
 
     cuda_graph: bool = False
     """Record forward, backward, clipping and update as one CUDA graph after three steps and launch it whole from then
-    on. Results are the same. Cost: memory that the graph keeps for itself, about what a step needs. Gain: the host has
-    next to nothing to do in a step, which counts where it was too slow for the GPU; not measured."""
+    on. Masks and dropout are the same, results but for rounding. Cost: memory that the graph keeps for itself, about
+    what a step needs. Gain: the host has next to nothing to do in a step, which counts where it was too slow for the
+    GPU; not measured."""
 
     def __post_init__(self) -> None:
         _require(self.epochs > 0, "train.epochs", self.epochs, "choose a positive number")
@@ -495,6 +504,8 @@ class PretrainConfig:
             messages.append(f"init_weights has no effect: resume={self.resume} brings its own weights")
         if self.data.crop != "random_resized" and self.data.random_resized_scale != DataConfig().random_resized_scale:
             messages.append(f"data.random_resized_scale has no effect: data.crop={self.data.crop}")
+        if self.data.num_workers == 0 and self.data.timeout != DataConfig().timeout:
+            messages.append("data.timeout has no effect: data.num_workers=0 has no process that could be ended")
         return messages
 
 

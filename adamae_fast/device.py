@@ -58,6 +58,29 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+class Uploader:
+    """Copies to ``device`` while that computes: a GPU copies in a stream of its own, beside the step under way.
+
+    The loop runs ahead of the GPU, so that by the time of its step the batch is there. Elsewhere this is
+    :func:`upload`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return ``tensor`` on the device; what the current stream does from now on sees it. The host does not wait."""
+        if self._stream is None or tensor.device.type != "cpu":
+            return upload(tensor, self._device)
+        with torch.cuda.stream(self._stream):
+            copy = upload(tensor, self._device)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        copy.record_stream(current)  # its memory belongs to the other stream, which must not use it again before
+        return copy
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the largest allocation so far: of the GPU's allocator, or of this process where there is none."""
     if device.type == "cuda":

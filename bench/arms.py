@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -20,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from adamae_fast.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig, TrainConfig
-from adamae_fast.device import arithmetic
+from adamae_fast.device import arithmetic, upload
 from adamae_fast.interop.keys import published_names, write_tensors
 from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.model.sizes import SIZES
 from adamae_fast.ops.patchify import IMAGENET_MEAN, IMAGENET_STD
 from adamae_fast.train.optim import build_optimizer
 from adamae_fast.train.step import Stepper
+from adamae_fast.train.step_graph import WARM_UP_STEPS
 from bench import tuned
 from bench.checkout import Checkout, Loader
 from bench.models import PublishedLike, Tuned
@@ -35,6 +37,9 @@ from bench.timing import CpuRunner, Runner
 
 LEARNING_RATE = 1e-5
 """Small: parameters move as in training, and no arm diverges on noise."""
+
+WARM_UP = WARM_UP_STEPS + 1
+"""Steps after which an arm stays what it is: compiled, with the optimizer's moments, recorded as a graph."""
 
 COMPILE_BACKEND = "inductor"
 
@@ -94,6 +99,7 @@ class StepRunner:
 
     def __init__(self, step: Callable[[], object], warm_up: int) -> None:
         self._step = step
+        self.cpu_seconds: list[float] = []
         for _ in range(warm_up):
             step()
         torch.cuda.synchronize()
@@ -104,7 +110,9 @@ class StepRunner:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
         events[0].record()
         for event in events[1:]:
+            start = time.process_time()
             self._step()
+            self.cpu_seconds.append(time.process_time() - start)
             event.record()
         torch.cuda.synchronize()
         return [start.elapsed_time(end) / 1000 for start, end in pairwise(events)]
@@ -116,6 +124,8 @@ class Arm(ABC):
     def __init__(self, name: str, setting: Setting, precision: str) -> None:
         self.name, self.setting, self.precision = name, setting, precision
         self.video = setting.draw_video()
+        self.clips = self.video
+        """What a step takes, on the device; in pinned host memory where its upload is to be timed, too."""
         self.model: nn.Module
 
     @abstractmethod
@@ -153,7 +163,7 @@ class PlainArm(Arm):
         self.model = network.to(setting.device).train()
         self._call: Callable[..., Tensor] = self.model
         self._like_published = like_published
-        self._input = normalize(self.video) if like_published else self.video
+        self.clips = normalize(self.video) if like_published else self.video
         self._parameters = list(network.parameters())
         self._optimizer = build_optimizer(network, OptimConfig(base_lr=LEARNING_RATE))
         if like_published:
@@ -175,13 +185,14 @@ class PlainArm(Arm):
         return arm
 
     def _loss(self, precision: str, visible_ids: Tensor | None = None) -> Tensor:
+        clips_BCTHW = upload(self.clips, self.setting.device)
         if not self._like_published:
             with arithmetic(self.setting.device, precision):  # type: ignore[arg-type]
-                return self._call(self._input, visible_ids)
+                return self._call(clips_BCTHW, visible_ids)
         assert isinstance(self.model, PublishedLike)
-        labels_BNP = self.model.labels(self._input)
+        labels_BNP = self.model.labels(clips_BCTHW)
         with arithmetic(self.setting.device, precision):  # type: ignore[arg-type]
-            return self._call(self._input, labels_BNP, visible_ids)
+            return self._call(clips_BCTHW, labels_BNP, visible_ids)
 
     def step(self) -> None:
         """As the published loop does: it looks at the loss and takes the norm gradient by gradient; or better."""
@@ -236,7 +247,7 @@ class OurArm(Arm):
         """Begin, forward and backward, finish: what ``adamae-fast pretrain`` runs."""
         self._choose()
         self.stepper.begin(self._number, LEARNING_RATE)
-        self.stepper.accumulate(self.video)
+        self.stepper.accumulate(self.clips)
         self.stepper.finish(self._number)
         self._number += 1
 
@@ -263,11 +274,14 @@ class _EngineRunner:
 
     def __init__(self, arm: PublishedArm, warm_up: int) -> None:
         self._arm = arm
+        self.cpu_seconds: list[float] = []
         arm.run(warm_up)
 
     def seconds(self, repetitions: int) -> list[float]:
         """As :class:`bench.timing.Runner` says."""
-        return self._arm.run(repetitions + 1)[1:]
+        loader = self._arm.run(repetitions + 1)
+        self.cpu_seconds += loader.cpu_seconds[1:]
+        return loader.seconds[1:]
 
 
 class PublishedArm(Arm):
@@ -296,7 +310,7 @@ class PublishedArm(Arm):
         )
         network.load_state_dict(write_tensors(state, published_names))
         self.model = network.to(setting.device)
-        self._input = normalize(self.video)
+        self.clips = normalize(self.video)
         self._names = {published_names(name)[0]: name for name in state}
         options = OptimConfig()
         self._optimizer = checkout.optimizer(
@@ -304,12 +318,12 @@ class PublishedArm(Arm):
         )
         self._scaler = checkout.scaler(setting.device, precision)
 
-    def run(self, num_steps: int) -> list[float]:
-        """Seconds of each of some steps."""
-        loader = Loader(self._input, num_steps)
+    def run(self, num_steps: int) -> Loader:
+        """Some steps; what handed out their clips has timed them."""
+        loader = Loader(self.clips, num_steps)
         device = self.setting.device
         self._checkout.run(self.model, self._optimizer, self._scaler, loader, device, self.precision, self._patch_size)
-        return loader.seconds
+        return loader
 
     def step(self) -> None:
         """A loop of one step."""
@@ -340,7 +354,7 @@ class PublishedArm(Arm):
                 self.model,
                 still,
                 self._checkout.scaler(device, "fp32"),
-                Loader(self._input, 1),
+                Loader(self.clips, 1),
                 device,
                 "fp32",
                 self._patch_size,

@@ -214,12 +214,14 @@ class Loader:
         self._batch = (video_BCTHW, None)
         self._num_batches = num_batches
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
 
     def __len__(self) -> int:
         return self._num_batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, None]]:
         for _ in range(self._num_batches):
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             yield self._batch
             self.seconds.append(time.perf_counter() - start)  # the loop itself waits for the GPU in every step
+            self.cpu_seconds.append(time.process_time() - start_cpu)

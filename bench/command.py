@@ -70,15 +70,26 @@ def progress(num_parts: int) -> Iterator[tuple[Say, Callable[[], None]]]:
         yield lambda what: bar.update(task, description=what), lambda: bar.advance(task)
 
 
-def finish(name: str, result: dict[str, Any], options: argparse.Namespace) -> None:
-    """Write the result file, unless the run was a quick one without ``--out``; print the line that ends a command."""
-    result = {"command": name, "quick": options.quick, **result}
+def result_path(name: str, result: dict[str, Any], options: argparse.Namespace) -> Path | None:
+    """The command's file for this machine; None for a quick run without ``--out``."""
     out = options.out or (None if options.quick else RESULTS)
-    if out is not None:
-        path = out / f"{name}_{conditions.slug(result['conditions'])}.json"
+    return out and out / f"{name}_{conditions.slug(result['conditions'])}.json"
+
+
+def write(name: str, result: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Write the result file, unless the run is a quick one without ``--out``; return what it holds."""
+    result = {"command": name, "quick": options.quick, **result}
+    path = result_path(name, result, options)
+    if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         print(f"written: {path}")
+    return result
+
+
+def finish(name: str, result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write the result file; print the line that ends a command."""
+    result = write(name, result, options)
     if float(result["conditions"]["load"]) > 1:
         print(f"warning: the load average was {result['conditions']['load']} at the start; other work disturbs figures")
     print(json.dumps(result, separators=(",", ":"), ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""All measurements of one machine in one go, resumed where they were cut off: ``make gpu``, ``make gpu-rehearsal``.
+"""What counts most of one machine in one go, resumed where it was cut off: ``make gpu``, ``make gpu-rehearsal``.
 
 An ordered list of steps, each a command of its own. A step that ended well for this commit is not run again, so the
 same call goes on where it was cut off. It needs torch, Triton, pytest and what this package imports without the command
@@ -13,13 +13,16 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench import conditions
 
 STATE = "gpu.json"
+
+BUDGET = 540
+"""Seconds; the steps' shares add up to no more."""
 
 MAX_FILES = 8
 """Of the output folder, the state among them."""
@@ -33,34 +36,48 @@ class Step:
     command: tuple[str, ...]
     """After the interpreter."""
     share: int
-    """Seconds it is expected to take at most; where less is left, it is not begun."""
+    """Seconds it is expected to take; where less than half is left, it is not begun, and after twice it is cut off."""
     allowed: tuple[int, ...] = (0,)
     """Exit statuses after which the step counts as done; 1 of a bench: some arm was refused, and it says which."""
 
 
+def step_arms(published: str, precisions: tuple[str, ...], *, graph: bool) -> list[str]:
+    """The arms of bench.step that the goals speak of; all of them would take twice as long."""
+    ours = ["ours-none", "ours-fc1", *(["ours-none+graph", "ours-fc1+graph"] if graph else [])]
+    return [*(f"{published}-{precision}" for precision in precisions), "tuned", *ours]
+
+
 def steps(out: Path, *, rehearsal: bool, published: str | None) -> list[Step]:
-    """What is run, the figures that matter most first."""
+    """What is run, the figures that matter most first. The seconds are estimates: none of it has run on a GPU yet."""
     common = ["--out", str(out), "--device", "cpu" if rehearsal else "cuda", *(["--quick"] if rehearsal else [])]
     baseline = ["--published", published] if published else []
-    on_gpu = ["tests/kernels/test_on_gpu.py", "tests/kernels/test_cuda_gpu.py"]
-    tests = [*on_gpu, "tests/ops", "tests/train/test_step.py"]
+    name, precisions = "published" if published else "published-like", ("fp32",) if rehearsal else ("fp16", "bf16")
+    few = step_arms(name, precisions, graph=not rehearsal)
+    # Those of the operations are the gates of the kernels' bench, which runs them itself.
+    tests = ["tests/train/test_step.py", "tests/train/test_step_graph.py", "tests/ops/test_attention.py"]
+    tests.append("tests/model/test_recompute.py")
     kernels = ["--operation", "sample_visible", "gather_tokens"] if rehearsal else []
+    batches = ("2", "1") if rehearsal else ("32", "16")
+    profiled = "ours-none" if rehearsal else "ours-none+graph"
 
     def bench(name: str, *arguments: str) -> tuple[str, ...]:
         return ("-m", f"bench.{name}", *common, *arguments)
 
     report = ("--results", str(out), *(["--page", str(out / "page" / "results.md")] if rehearsal else []))
-    return [
+    plan = [
         Step("build", ("setup.py", "--quiet", "build_ext", "--inplace"), 90),
-        # In a rehearsal without a GPU they are collected and skipped: 0, or 5 where nothing was left.
-        Step("tests", ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *tests), 120, (0, 5)),
-        Step("step", bench("step", *baseline), 210, (0, 1)),
-        Step("memory", bench("memory", *baseline), 150),
+        Step("step", bench("step", *baseline, "--batch", batches[0], "--arm", *few, "tuned+compile"), 120, (0, 1)),
         Step("kernels", bench("run", *kernels), 150, (0, 1)),
-        Step("throughput", bench("throughput"), 90),
-        Step("profile", bench("profile"), 30),
-        Step("report", ("-m", "bench.report", *report), 20),
+        # In a rehearsal without a GPU they are collected and skipped.
+        Step("tests", ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *tests), 30),
+        Step("memory", bench("memory", *baseline), 60),
+        Step("step of half the batch", bench("step", *baseline, "--batch", batches[1], "--arm", *few), 40, (0, 1)),
+        Step("profile", bench("profile", "--arm", profiled), 15),
+        Step("throughput", bench("throughput", "--batch", batches[0]), 25),
+        Step("report", ("-m", "bench.report", *report), 10),
     ]
+    # A rehearsal is about what runs, not how fast: a busy machine cuts nothing off.
+    return [replace(step, share=BUDGET) for step in plan] if rehearsal else plan
 
 
 def read_state(path: Path, commit: str) -> dict[str, Any]:
@@ -127,17 +144,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rehearsal", "--quick", action="store_true", help="the same on the CPU with tiny shapes")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
     parser.add_argument("--published", metavar="PATH", help="a checkout of the published code")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds")
+    parser.add_argument("--budget", type=float, help=f"seconds (default: {BUDGET}; of a rehearsal, an hour)")
     parser.add_argument("--commit", help="where there is no git: what is being measured")
     options = parser.parse_args(arguments)
     default = conditions.ROOT / ("build/rehearsal" if options.rehearsal else "bench/results")
     out = (options.out or default).resolve()
     if options.commit:
         os.environ["ADAMAE_COMMIT"] = options.commit
+    if options.rehearsal:
+        os.environ["OMP_NUM_THREADS"] = "1"  # tiny shapes gain nothing from threads, which wait for each other
     commit = conditions.version()["commit"]
     published = str(Path(options.published).resolve()) if options.published else None
     todo = steps(out, rehearsal=options.rehearsal, published=published)
-    state = run_all(todo, out, options.budget, commit)
+    state = run_all(todo, out, options.budget or (3600 if options.rehearsal else BUDGET), commit)
     files = sorted(path.name for path in out.iterdir() if path.is_file())
     if len(files) > MAX_FILES and not options.rehearsal and options.out:
         print(f"warning: {len(files)} files in {out}; more than {MAX_FILES} may not come back from a rented machine")

@@ -7,7 +7,7 @@ import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -22,10 +22,13 @@ from adamae_fast.testing import InputFactory, OpShape
 from bench.conditions import ROOT
 from bench.peak import peak_extra_bytes
 from bench.registry import CUDA_GATES, Entry, Inputs, Mode, Outputs
-from bench.timing import Plan, Timing, time_in_turns
+from bench.timing import Call, Plan, Timing, time_in_turns
 
 COMPILE_BACKEND = "inductor"
 """Of torch.compile, with its default options."""
+
+COMPILED_TOGETHER: tuple[tuple[Mode, ...], ...] = (("forward", "full"), ("backward",))
+"""Modes that take the same compiled code: a backward that is timed alone needs its own."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Largest error allowed of an arm, as a share of the largest value of the truth. The tests are far stricter with ours;
@@ -50,8 +53,12 @@ class Measured:
     """Arms that were not timed, and why; under "all" where the operation's tests are red."""
 
 
+Gate = tuple[str, ...]
+"""Arguments of a pytest run."""
+
+
 @functools.cache
-def run_gate(arguments: tuple[str, ...]) -> str | None:
+def run_gate(arguments: Gate) -> str | None:
     """Run pytest in a process of its own; return None if everything passed, otherwise its last line."""
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *arguments]
     # Where there is a GPU, a gate that skips its tests must not pass for a green one.
@@ -61,6 +68,30 @@ def run_gate(arguments: tuple[str, ...]) -> str | None:
         return None
     lines = (result.stdout + result.stderr).strip().splitlines()
     return f"pytest {' '.join(arguments)}: {lines[-1] if lines else 'no output'}"
+
+
+def gates_of(entry: Entry, device: torch.device) -> tuple[Gate, ...]:
+    """What must be green before the operation is timed."""
+    return (*entry.gates, *(CUDA_GATES if device.type == "cuda" else ()))
+
+
+def red_gates(gates: Iterable[Gate]) -> dict[Gate, str]:
+    """Gates that are red, with pytest's last line.
+
+    Starting pytest costs more than most of them: they run together first, and one by one only where that was red.
+    """
+    gates = list(dict.fromkeys(gates))
+    files = tuple(dict.fromkeys(file for file, *options in gates if not options))
+    selected: dict[str, list[str]] = {}
+    for file, *options in gates:
+        if options:
+            _, name = options  # -k NAME
+            selected.setdefault(file, []).append(name)
+    together: list[Gate] = [files] if files else []
+    together += [(file, "-k", " or ".join(names)) for file, names in selected.items()]
+    if not any(run_gate(each) for each in together):
+        return {}
+    return {gate: red for gate in gates if (red := run_gate(gate))}
 
 
 @dataclass(frozen=True)
@@ -223,34 +254,33 @@ def _compile_settings(mode: Mode) -> Iterator[None]:
 def measure(
     entry: Entry, shape: OpShape, dtype: torch.dtype, device: torch.device, plan: Plan, say: Callable[[str], None]
 ) -> Measured:
-    """Measure every arm of one operation that is right; ``say`` hears what is being done."""
+    """Measure every arm of one operation that is right; its gates are green. ``say`` hears what is being done."""
     measured = Measured()
-    for gate in (*entry.gates, *(CUDA_GATES if device.type == "cuda" else ())):
-        say(f"pytest {' '.join(gate)}")
-        if red := run_gate(gate):
-            measured.refused["all"] = f"its tests are red ({red})"
-            return measured
     inputs = draw_inputs(entry, shape, dtype, device)
     grad = _draw_grad(entry, inputs) if entry.differentiable else None
     parity = _Parity(entry, inputs, grad, dtype)
-    for mode in entry.modes:
-        with _compile_settings(mode):
-            calls = {}
+    for modes in COMPILED_TOGETHER if entry.differentiable else (("forward",),):
+        with _compile_settings(modes[0]):
+            calls: dict[Mode, dict[str, Call]] = {mode: {} for mode in modes}
             for name, arm in all_arms(entry, inputs).items():
                 if name in measured.refused:
                     continue
-                say(f"{mode}, {name}: parity")
+                say(f"{' and '.join(modes)}, {name}: parity")
                 try:
-                    if fault := parity.fault(arm, mode):
+                    if fault := parity.fault(arm, modes[0]):
                         measured.refused[name] = fault
                         continue
-                    calls[name] = prepare(entry, arm, inputs, grad, mode)
+                    for mode in modes:
+                        calls[mode][name] = prepare(entry, arm, inputs, grad, mode)
                 except Exception as error:  # a compiler or a kernel may fail in any way; the others are measured
                     measured.refused[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            say(f"{mode}: timing")
-            timings = time_in_turns(calls, device, plan)
-            for name, timing in timings.items():
-                measured.figures[name, mode] = Figure(timing, peak_extra_bytes(calls[name], device))
+            for mode in modes:
+                say(f"{mode}: timing")
+                timings = time_in_turns(calls[mode], device, plan)
+                for name, timing in timings.items():
+                    measured.figures[name, mode] = Figure(timing, peak_extra_bytes(calls[mode][name], device))
+    order = entry.modes
+    measured.figures = dict(sorted(measured.figures.items(), key=lambda figure: order.index(figure[0][1])))
     return measured
 
 

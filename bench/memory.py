@@ -19,7 +19,7 @@ from rich.table import Table
 
 from adamae_fast.config import DecoderConfig, MaskConfig, ModelConfig, Recompute, SamplerConfig
 from bench import arms, command, conditions, predict
-from bench.arms import Arm, Setting
+from bench.arms import Arm, Builder, Setting
 from bench.checkout import Checkout
 from bench.saved import CASTS, saved_bytes
 from bench.step import memory_on_gpu
@@ -79,6 +79,9 @@ QUICK_CASES = ("adaptive 95 %", "tube 75 %", "8 blocks", "MLP")
 OURS: tuple[Recompute, ...] = ("none", "pointwise", "fc1")
 """Policies that are shown."""
 
+PUBLISHED_GUESS = 96
+"""Clips of the published code that should fit into 80 GB."""
+
 
 def shrunk(case: Case) -> Case:
     """The same case of a tiny model."""
@@ -91,31 +94,23 @@ def setting_of(case: Case, setting: Setting, batch_size: int) -> Setting:
     return dataclasses.replace(setting, model=case.model, mask=case.mask, batch_size=batch_size)
 
 
-def published_arm(setting: Setting, checkout: Checkout | None) -> tuple[str, Callable[[], Arm]]:
-    """The published code where it can do the case, else its stand-in; in the published precision."""
-    plan = arms.plan_for(setting.device, checkout)
-    precision = plan.precisions[0]
-    name = f"published-{precision}"
+def arms_of(setting: Setting, checkout: Checkout | None) -> tuple[str, dict[str, Builder]]:
+    """Name of the baseline, and how to build it, as "published", and the policies of :data:`OURS`.
+
+    The baseline is the published code where it can do the case, else its stand-in; in the published precision.
+    """
+    can_do = setting.mask.strategy == "adaptive" and setting.model.sampler == SamplerConfig()
+    plan = arms.plan_for(setting.device, checkout if can_do else None)
     build, _ = arms.builders(setting, plan)
-    mask_fits = setting.mask.strategy == "adaptive" and setting.model.sampler == SamplerConfig()
-    if name in build and mask_fits:
-        return name, build[name]
-    build, _ = arms.builders(setting, dataclasses.replace(plan, checkout=None))
-    return f"published-like-{precision}", build[f"published-like-{precision}"]
-
-
-def our_arms(setting: Setting) -> dict[str, Callable[[], Arm]]:
-    """The policies of :data:`OURS`."""
-    build, _ = arms.builders(setting, arms.plan_for(setting.device, None))
-    return {f"ours-{policy}": build[f"ours-{policy}"] for policy in OURS}
+    name = f"published{'-like' if plan.checkout is None else ''}-{plan.precisions[0]}"
+    return name, {"published": build[name], **{f"ours-{policy}": build[f"ours-{policy}"] for policy in OURS}}
 
 
 def on_gpu(case: Case, setting: Setting, checkout: Checkout | None) -> dict[str, Any]:
     """Allocated peaks in bytes, and the prediction of ours."""
-    name, build = published_arm(setting, checkout)
+    name, build = arms_of(setting, checkout)
     row: dict[str, Any] = {"published_arm": name}
-    measured = {"published": build, **our_arms(setting)}
-    for arm, builder in measured.items():
+    for arm, builder in build.items():
         try:
             row[arm] = memory_on_gpu(builder)["allocated_bytes"]
         except torch.cuda.OutOfMemoryError:
@@ -127,7 +122,7 @@ def on_gpu(case: Case, setting: Setting, checkout: Checkout | None) -> dict[str,
 
 def on_cpu(case: Case, setting: Setting, checkout: Checkout | None) -> dict[str, Any]:
     """Bytes kept a clip, counted and predicted, and the prediction of a GPU's peak."""
-    name, build = published_arm(setting, checkout)
+    name, build = arms_of(setting, checkout)
     row: dict[str, Any] = {"published_arm": name}
 
     def counted(arm: Arm) -> int:
@@ -135,18 +130,17 @@ def on_cpu(case: Case, setting: Setting, checkout: Checkout | None) -> dict[str,
         kept.pop(CASTS, None)
         return round(kept.total() / setting.batch_size)
 
-    row["published"] = counted(build())
+    row["published"] = counted(build["published"]())
     row["predicted-published"] = predict.kept_bytes_published(case.model, case.mask)
     once = predict.kept_bytes_once(case.model, case.mask) / setting.batch_size
-    ours = our_arms(setting)
     for policy in OURS:
-        row[f"ours-{policy}"] = counted(ours[f"ours-{policy}"]())
+        row[f"ours-{policy}"] = counted(build[f"ours-{policy}"]())
         row[f"predicted-{policy}"] = round(predict.kept_bytes(case.model, case.mask, policy).total() + once)
         row[f"gpu-predicted-{policy}"] = predict.device_bytes(case.model, case.mask, policy, 16)
     return row
 
 
-def fits(build: Callable[[], Arm]) -> bool:
+def fits(build: Builder) -> bool:
     """Whether three steps run without running out of memory."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -165,6 +159,9 @@ def largest(fits: Callable[[int], bool], guess: int) -> int:
     low, high = 0, max(guess, 1)
     while fits(high):
         low, high = high, high + max(high // 8, 1)
+    while low == 0 and high > 1:  # the guess was too much: down in small steps, too
+        lower = high - max(high // 8, 1)
+        low, high = (lower, high) if fits(lower) else (0, lower)
     while high - low > max(low // 64, 1):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -191,9 +188,9 @@ def largest_batches(options: argparse.Namespace, setting: Setting, checkout: Che
 
             def tried(batch: int, name: str = name) -> bool:
                 at = dataclasses.replace(setting, batch_size=batch)
-                return fits(published_arm(at, checkout)[1] if name == "published" else our_arms(at)[name])
+                return fits(arms_of(at, checkout)[1][name])
 
-            found[name] = largest(tried, found.get(name, 64))
+            found[name] = largest(tried, found.get(name, PUBLISHED_GUESS))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     return found
@@ -235,14 +232,16 @@ def main(arguments: list[str] | None = None) -> int:
             advance()
         if not options.no_largest:
             say("largest batch")
-    largest_found = None if options.no_largest else largest_batches(options, first, checkout)
-    print_table(rows, gpu=gpu)
     result = {
         "conditions": taken,
-        "what": "allocated peak, bytes, batch 16" if gpu else "kept for the backward, bytes a clip, fp32, batch 2",
+        "what": "allocated peak at batch 16" if gpu else "kept for the backward, for each clip, fp32 at batch 2",
         "rows": rows,
-        "largest_batch": largest_found,
+        "largest_batch": None,
     }
+    if not options.no_largest:
+        command.write("memory", result, options)  # the search takes a while and may be cut off
+        result["largest_batch"] = largest_batches(options, first, checkout)
+    print_table(rows, gpu=gpu)
     command.finish("memory", result, options)
     return 0
 

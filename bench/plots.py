@@ -28,13 +28,15 @@ def _caption(figure: Figure, result: Result) -> None:
     figure.text(0.01, 0.01, ", ".join(words), fontsize=7.5, color="#555555")
 
 
-def _bars(axes: Axes, names: list[str], values: list[float], text: str) -> None:
+def _bars(axes: Axes, names: list[str], values: list[float], texts: list[str], ends: list[float]) -> None:
+    """Horizontal bars with a text behind the end of each, or of what is drawn over it."""
     axes.barh(range(len(names)), values, color=[_colour(name) for name in names], height=0.7)
-    for i, value in enumerate(values):
-        axes.text(value, i, f" {value:{text}}", va="center", fontsize=8)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    for i, (text, end) in enumerate(zip(texts, ends, strict=True)):
+        axes.text(end, i, f" {text}", va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.15 * max(values))
+    axes.tick_params(labelsize=8)
+    axes.set_xlim(0, 1.3 * max(ends))
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -50,18 +52,24 @@ def step(result: Result) -> Figure:
     for (left, right), batch in zip(grid, batches, strict=True):
         rows = [row for row in result["rows"] if row["batch"] == batch]
         names = [row["arm"] for row in rows]
-        _bars(left, names, [row["ms"] for row in rows], ".0f" if min(row["ms"] for row in rows) > 100 else ".1f")
         middle = [row["ms"] for row in rows]
+        digits = 0 if min(middle) > 100 else 1
+        faster = result["speedup"].get(str(batch), {})
+        ratios = [f"  ({faster[name]:.2f}×)" if faster else "" for name in names]
+        texts = [f"{ms:.{digits}f}{ratio}" for ms, ratio in zip(middle, ratios, strict=True)]
+        _bars(left, names, middle, texts, [row["ms_p80"] for row in rows])
         spread = [[m - row["ms_p20"] for m, row in zip(middle, rows, strict=True)]]
         spread.append([row["ms_p80"] - m for m, row in zip(middle, rows, strict=True)])
         left.errorbar(middle, range(len(rows)), xerr=spread, fmt="none", ecolor="#333333", elinewidth=0.8)
-        left.set_xlabel(f"ms a step, batch {batch} (median, 20 % to 80 %)")
-        left.set_xlim(0, 1.2 * max(row["ms_p80"] for row in rows))
+        against = f"  (× {result['speedup_over']})" if faster else ""
+        left.set_xlabel(f"batch {batch}: ms a step, median, 20 % to 80 %{against}", fontsize=9)
         key, scale, unit = ("allocated_bytes", 1e9, "allocated peak, GB") if gpu else (
             "saved_bytes_per_clip", 1e6, "kept for the backward, MB a clip"
         )  # fmt: skip
-        _bars(right, names, [row[key] / scale for row in rows], ".1f" if gpu else ".0f")
-        right.set_xlabel(unit)
+        kept = [row[key] / scale for row in rows]
+        digits = 2 if min(kept) < 10 else 0
+        _bars(right, names, kept, [f"{value:.{digits}f}" for value in kept], kept)
+        right.set_xlabel(f"batch {batch}: {unit}", fontsize=9)
         right.set_yticks([])
     figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))  # type: ignore[union-attr, call-arg]
     _caption(figure, result)
@@ -86,7 +94,8 @@ def memory(result: Result) -> Figure:
             [x + (i - (len(arms) - 1) / 2) * width for x in range(len(rows))], values, width, color=shades[i], label=arm
         )
     if gpu:
-        axes.plot(range(len(rows)), [row["paper_gib"] for row in rows], "k_", markersize=14, label="paper")
+        baseline = [x - (len(arms) - 1) / 2 * width for x in range(len(rows))]
+        axes.plot(baseline, [row["paper_gib"] for row in rows], "k_", markersize=12, label="paper")
     axes.set_xticks(range(len(rows)), [row["case"] for row in rows], rotation=40, ha="right", fontsize=8)
     axes.set_ylabel("allocated peak at batch 16, GiB" if gpu else "kept for the backward, MB a clip")
     parts = [row["part"] for row in rows]
@@ -105,39 +114,74 @@ def memory(result: Result) -> Figure:
 
 
 def throughput(result: Result) -> Figure:
-    """Clips a second over batch size, a line for each strategy."""
+    """Clips a second: bars of one batch size, or lines over batch size, dashed where clips are pinned."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
-    axes = figure.subplots()
     rows = [row for row in result["rows"] if "refused" not in row]
-    for name in dict.fromkeys((row["strategy"], row["ratio"]) for row in rows):
-        line = [row for row in rows if (row["strategy"], row["ratio"]) == name]
-        label = f"{name[0]} {name[1]:g}"
-        axes.plot([row["batch"] for row in line], [row["clips_per_s"] for row in line], "o-", label=label, markersize=4)
+    lines: dict[tuple[str, str], list[Result]] = {}
+    for row in rows:
+        lines.setdefault((f"{row['strategy']} {row['ratio']:g}", row["clips"]), []).append(row)
     batches = sorted({row["batch"] for row in rows})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(batches, [str(batch) for batch in batches])
-    axes.minorticks_off()
-    axes.set_ylim(0)
-    axes.set_xlabel("batch, clips")
-    axes.set_ylabel("clips a second")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    names = [name if clips == "device" else f"{name}, {clips} clips" for name, clips in lines]
+    figure = Figure(figsize=(6.5, 4 if len(batches) > 1 else 1.2 + 0.28 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    if len(batches) == 1:
+        values = [line[0]["clips_per_s"] for line in lines.values()]
+        _bars(axes, names, values, [f"{value:.{0 if value > 100 else 1}f}" for value in values], values)
+        for patch in axes.patches:
+            patch.set_facecolor(OURS)
+        axes.set_xlabel(f"clips a second at batch {batches[0]}", fontsize=9)
+    else:
+        colours = {mask: f"C{i}" for i, mask in enumerate(dict.fromkeys(mask for mask, _ in lines))}
+        for name, ((mask, clips), line) in zip(names, lines.items(), strict=True):
+            x, y = ([row[key] for row in line] for key in ("batch", "clips_per_s"))
+            style = "o-" if clips == "device" else "o--"
+            axes.plot(x, y, style, color=colours[mask], label=name, markersize=4, linewidth=1.2)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.minorticks_off()
+        axes.set_ylim(0)
+        axes.set_xlabel("batch, clips")
+        axes.set_ylabel("clips a second")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
     figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))  # type: ignore[union-attr, call-arg]
     _caption(figure, result)
     return figure
 
 
-PICTURES = {"step": step, "memory": memory, "throughput": throughput}
+def data(result: Result) -> Figure:
+    """Clips a second of one process, for each set of videos; prepared files in full colour."""
+    from matplotlib.figure import Figure
+
+    sets = list(dict.fromkeys(row["data"] for row in result["rows"]))
+    rows_of = {name: [r for r in result["rows"] if r["data"] == name and not r["workers"]] for name in sets}
+    height = 1.1 + 0.24 * max(map(len, rows_of.values()))
+    figure = Figure(figsize=(5.2 * len(sets), height), layout="constrained")
+    for axes, (name, rows) in zip(figure.subplots(1, len(sets), squeeze=False)[0], rows_of.items(), strict=True):
+        names = [
+            row["arm"] + (f", {row['repeat']} crops" if row["repeat"] > 1 else "") + f", {row['files']}" for row in rows
+        ]
+        values = [row["clips_per_s"] for row in rows]
+        _bars(axes, names, values, [f"{value:.0f}" for value in values], values)
+        for patch, row in zip(axes.patches, rows, strict=True):
+            patch.set_alpha(1.0 if row["files"] == "prepared" else 0.6)
+        axes.set_xlabel(f"{name}: clips a second, one process, one thread", fontsize=9)
+    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))  # type: ignore[union-attr, call-arg]
+    _caption(figure, result)
+    return figure
 
 
-def draw(found: dict[str, list[Result]], folder: Path) -> dict[str, list[Path]]:
-    """Write a PNG beside the page for every result that has a picture; return their paths by command."""
-    written: dict[str, list[Path]] = {}
+PICTURES = {"step": step, "memory": memory, "throughput": throughput, "data": data}
+
+
+def draw(found: dict[str, list[Result]], folder: Path) -> list[Path]:
+    """Write a PNG beside the page for every result that has a picture; return their paths."""
+    written: list[Path] = []
     for name, make in PICTURES.items():
         for result in found.get(name, []):
             path = folder / f"{result['file']}.png"
+            folder.mkdir(exist_ok=True)
             make(result).savefig(path, dpi=150, metadata={"Software": None})
-            written.setdefault(name, []).append(path)
+            written.append(path)
     return written

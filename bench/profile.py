@@ -6,6 +6,7 @@ chrome://tracing and Perfetto show.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -88,6 +89,15 @@ def count(profile: torch.profiler.profile, device: torch.device) -> Counts:
     )
 
 
+def attention_that_ran(profile: torch.profiler.profile, device: torch.device) -> dict[str, int]:
+    """Calls of fused attention's forward by name: kernels on a GPU, whoever launched them; operators on a CPU."""
+    where = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    pattern = re.compile(r"flash|fmha|sdpa|attn" if device.type == "cuda" else r"^aten::_scaled_dot_product_")
+    names = [event.name for event in profile.events() or [] if event.device_type == where]
+    forward = [name for name in names if pattern.search(name) and not re.search("backward|bwd", name)]
+    return dict(Counter(re.split(r"[<(]", name.removeprefix("void "))[0] for name in forward))
+
+
 def top_operators(profile: torch.profiler.profile, device: torch.device, number: int = 15) -> list[dict[str, Any]]:
     """The operators that took longest themselves: name, milliseconds, calls, share."""
     on_gpu = device.type == "cuda"
@@ -122,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in names:
             say(f"{name}: profile")
             arm = build[name]()
-            for _ in range(1 if options.quick else 3):
+            for _ in range(arms.WARM_UP if setting.device.type == "cuda" else 1):
                 arm.step()
             profile = profiled(arm.step, setting.device)
             top = top_operators(profile, setting.device)

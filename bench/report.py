@@ -1,7 +1,7 @@
 """Everything in ``bench/results`` as one page with pictures: ``python -m bench.report`` writes docs/results.md.
 
-Nothing on the page is typed by hand: figures, conditions and commit come from the result files, and what no file holds
-is "not measured".
+It also writes the README's headline table. Nothing of both is typed by hand: figures, conditions and commit come from
+the result files, and what no file holds is "not measured".
 """
 
 from __future__ import annotations
@@ -9,17 +9,29 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import conditions, plots
-from bench.results import COLUMNS, cells
+from bench.measure import ours
+from bench.registry import ENTRIES
+from bench.results import by_operation, conditions_of, has_ours, judge, speedup
 
 RESULTS = conditions.ROOT / "bench" / "results"
 PAGE = conditions.ROOT / "docs" / "results.md"
 
+README = conditions.ROOT / "README.md"
+
+MARKS = ("<!-- figures, written by python -m bench.report -->\n", "<!-- end of figures -->\n")
+"""Around the headline in the README."""
+
+HEADLINE = ("tuned", "tuned+compile", "ours-none", "ours-none+graph", "ours-fc1", "ours-fc1+graph")
+"""Arms beside the baseline that the README shows."""
+
 MISSING = "not measured"
+
+QUICK = "**A quick run at tiny sizes: its figures mean nothing.**"
 
 Result = dict[str, Any]
 
@@ -69,8 +81,7 @@ def caption(result: Result) -> str:
     """Hardware, versions, commit, load, in one line."""
     taken = result["conditions"]
     words = "; ".join(f"{key} {taken[key]}" for key in CONDITIONS if taken.get(key))
-    quick = " **A quick run of a tiny model: its figures mean nothing.**" if result.get("quick") else ""
-    return f"{words}.{quick}"
+    return f"{words}. {QUICK}" if result.get("quick") else f"{words}."
 
 
 def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -93,7 +104,7 @@ def step_section(result: Result) -> list[str]:
     lines += [f"Model: {result['model']}; {result['gflop_per_clip']} GFLOP a clip, forward and backward.", ""]
     memory = ("allocated GB", "reserved GB") if gpu else ("kept MB a clip", "peak of a step MB")
     columns = (
-        "arm", "batch", "ms [p20, p80]", f"× {result['speedup_over']}", "clips/s", "MFU", *memory,
+        "arm", "batch", "ms [p20, p80]", f"× {result['speedup_over']}", "CPU ms", "clips/s", "MFU", *memory,
         "reads", "reads by optimizer", "waits", "launches",
     )  # fmt: skip
     rows = []
@@ -106,6 +117,7 @@ def step_section(result: Result) -> list[str]:
                 str(row["batch"]),
                 f"{row['ms']:.1f} [{row['ms_p20']:.1f}, {row['ms_p80']:.1f}]",
                 number(result["speedup"].get(str(row["batch"]), {}).get(row["arm"]), digits=2),
+                number(row["cpu_ms"]),
                 number(row["clips_per_s"], digits=2),
                 number(row["mfu"], 0.01, unit=" %") if gpu else "–",
                 *(number(row.get(key), scale, 2 if gpu else 1) for key in keys),
@@ -114,9 +126,22 @@ def step_section(result: Result) -> list[str]:
         )
     lines += table(columns, rows)
     lines += [f"* {name}: {reason}" for name, reason in result["skipped"].items()]
-    if not gpu:
+    lines += ["", *what_ran(result["rows"])]
+    if not gpu and not result["quick"]:
         lines += ["", *cpu_goals(result)]
     return [*lines, ""]
+
+
+def what_ran(rows: list[Result]) -> list[str]:
+    """Attention and implementation of the operations, arms with the same ones together."""
+    arms: dict[str, list[str]] = {}
+    for row in rows:
+        calls = " and ".join(f"`{name.removeprefix('aten::')}` {n} times" for name, n in row["attention_ran"].items())
+        operations = f"; operations in {row['operations']}" if "operations" in row else ""
+        same = arms.setdefault(f"{calls or 'no fused attention'}{operations}", [])
+        if row["arm"] not in same:
+            same.append(row["arm"])
+    return ["What ran, by the profile of one step:", "", *(f"* {', '.join(x)}: {what}" for what, x in arms.items())]
 
 
 def cpu_goals(result: Result) -> list[str]:
@@ -172,16 +197,17 @@ def memory_section(result: Result) -> list[str]:
 def throughput_section(result: Result) -> list[str]:
     """Clips a second by strategy and batch."""
     lines = [f"### {result['conditions']['device']}", "", caption(result), ""]
-    columns = ("arm", "mask", "batch", "ms [p20, p80]", "clips/s", "tokens/s", "MFU")
+    columns = ("arm", "mask", "batch", "clips from", "ms [p20, p80]", "CPU ms", "clips/s", "tokens/s", "MFU")
     rows: list[tuple[str, ...]] = []
     for row in result["rows"]:
-        head = (row["arm"], f"{row['strategy']} {row['ratio']:g}", str(row["batch"]))
+        source = {"device": "the device", "pinned": "pinned host memory"}[row["clips"]]
+        head = (row["arm"], f"{row['strategy']} {row['ratio']:g}", str(row["batch"]), source)
         if "refused" in row:
-            rows.append((*head, row["refused"], "–", "–", "–"))
+            rows.append((*head, row["refused"], *"––––"))
             continue
         ms = f"{row['ms']:.1f} [{row['ms_p20']:.1f}, {row['ms_p80']:.1f}]"
         mfu = "–" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        rows.append((*head, ms, f"{row['clips_per_s']:.2f}", f"{row['tokens_per_s']:.0f}", mfu))
+        rows.append((*head, ms, number(row["cpu_ms"]), f"{row['clips_per_s']:.2f}", f"{row['tokens_per_s']:.0f}", mfu))
     return lines + table(columns, rows)
 
 
@@ -197,15 +223,73 @@ def profile_section(result: Result) -> list[str]:
 
 
 def kernels_section(result: Result) -> list[str]:
-    """Single operations."""
+    """Each operation as a whole, and the goals; operations may have been measured at different times."""
+    rows = result["rows"]
+    lines = [f"### {result['conditions']['device']}", "", f"{conditions_of(rows)}.", ""]
+    if any(row.get("quick") for row in rows):
+        lines += [QUICK, ""]
+    operations = by_operation(rows)
+    cells = []
+    for name, modes in operations.items():
+        mode = ENTRIES[name].modes[-1]
+        arms = modes.get(mode, {})
+        if not has_ours(arms):
+            continue
+        mine = ours(arms)
+        faster = [number(speedup(arms, over), digits=2) for over in ("published", "compiled")]
+        peaks = [number(_peak(arms, arm), 1e6, 2) for arm in (mine, "published", "compiled")]
+        cells.append((name, mode, mine, f"{float(arms[mine]['median_us']):.1f}", *faster, *peaks))
+    columns = ("operation", "mode", "ours", "median µs", "× published", "× compiled")
+    lines += table((*columns, "peak MB", "published, MB", "compiled, MB"), cells)
+    verdicts = judge(operations, "cuda" if result["conditions"].get("driver") else "cpu")
+    missed = [verdict for verdict in verdicts if not verdict.met]
+    lines += [f"{len(verdicts) - len(missed)} of {len(verdicts)} goals are met.{' Missed:' if missed else ''}", ""]
+    lines += [f"* {x.operation}, {x.mode}: {x.goal}, measured {x.measured:g}" for x in missed]
+    return [*lines, "", "All modes and implementations: [kernels.md](kernels.md).", ""]
+
+
+def _peak(arms: Mapping[str, Mapping[str, str]], arm: str) -> int | None:
+    return int(arms[arm]["peak_bytes"]) if arm in arms else None
+
+
+def data_section(result: Result) -> list[str]:
+    """What the data path delivers."""
     lines = [f"### {result['conditions']['device']}", "", caption(result), ""]
-    return lines + table(COLUMNS, cells(result["rows"]))
+    lines += [f"{result['videos']} videos of each set, rendered and encoded for this (`bench/videos.py`).", ""]
+    columns = ("videos", "files", "arm", "crops", "workers", "clips/s", "decoded frames/s", "CPU ms a clip")
+    lines += table(
+        columns,
+        [
+            (
+                *(str(row[key]) for key in ("data", "files", "arm", "repeat")),
+                str(row["workers"] or "–"),
+                f"{row['clips_per_s']:.1f}",
+                f"{row['decoded_frames_per_s']:.0f}" if "decoded_frames_per_s" in row else "–",
+                number(row.get("cpu_s_per_clip"), 1e-3) if "cpu_s_per_clip" in row else "–",
+            )
+            for row in result["rows"]
+        ],
+    )
+    goals = [
+        (goal["goal"], f"≥ {goal['least']:g}", f"{goal['measured']:.2f}", "yes" if goal["met"] else "no")
+        for goal in result["goals"]
+    ]
+    lines += table(("clips a second, one process", "goal", "measured", "met"), goals)
+    for name, costs in result["prepared"].items():
+        before, after = costs["original_bytes_per_video"] / 1e6, costs["prepared_bytes_per_video"] / 1e6
+        seconds = f"{costs['seconds_per_video']:.2f} s a video"
+        lines.append(f"* Preparing {name}: {seconds}, {before:.2f} MB before, {after:.2f} MB after.")
+    if memory := result.get("memory"):
+        first, last = memory["resident_mb"][0], memory["resident_mb"][-1]
+        lines.append(f"* Opening {memory['opens']} files: resident memory went from {first:.0f} to {last:.0f} MB.")
+    return [*lines, ""]
 
 
 SECTIONS = {
     "step": ("A training step", step_section),
     "memory": ("Memory: Table 1 of the paper", memory_section),
     "throughput": ("Throughput by batch and mask", throughput_section),
+    "data": ("What the data path delivers", data_section),
     "profile": ("Where a step spends its time", profile_section),
     "kernels": ("Single operations", kernels_section),
 }
@@ -216,12 +300,63 @@ stand-in of the same operations that keeps the same tensors; **tuned**, plain Py
 gathers, vectorised losses and fused AdamW; **ours** with what `train.recompute` computes again. Every arm gave the loss
 and the gradients of the reference in fp32 before it was timed. Ratios are taken inside one run. *Reads* are calls of
 `item`, `nonzero`, `is_nonzero`, `_local_scalar_dense` in a step outside the optimizer; torch's fused AdamW on the CPU
-reads its own step counters, which lie in host memory.
+reads its own step counters, which lie in host memory. *CPU ms*: of all threads of the process in a step; where
+they wait for a GPU, that counts. Arms of the data path: `bench/data.py`.
 """
 
 
-def page(found: dict[str, list[Result]], pictures: dict[str, list[str]]) -> str:
-    """The whole Markdown text; ``pictures`` are paths from the page, by command."""
+def not_measured(results: list[Result]) -> str:
+    """The kinds of device that none of the results is of; nothing where there is none."""
+    measured = {"GPU" if result["conditions"].get("driver") else "CPU" for result in results}
+    missing = [f"on a {device}" for device in ("GPU", "CPU") if device not in measured]
+    if len(missing) == 2:
+        return f"measured neither {' nor '.join(missing)}"
+    return f"{MISSING} {missing[0]}" if missing else ""
+
+
+def headline(found: dict[str, list[Result]]) -> str:
+    """The README's table: a training step of the baseline and of the arms of :data:`HEADLINE`."""
+    lines: list[str] = []
+    results = [result for result in found.get("step", []) if not result["quick"]]
+    for result in results:
+        gpu = bool(result["conditions"].get("driver"))
+        base = result["speedup_over"]
+        memory = "allocated peak, GB" if gpu else "kept for the backward, MB a clip"
+        key, scale = ("allocated_bytes", 1e9) if gpu else ("saved_bytes_per_clip", 1e6)
+        rows = [
+            (
+                row["arm"],
+                str(row["batch"]),
+                f"{row['ms']:.{1 if gpu else 0}f}",
+                number(result["speedup"][str(row["batch"])].get(row["arm"]), digits=2),
+                number(row[key], scale, 2 if gpu else 0),
+            )
+            for row in result["rows"]
+            if row["arm"] in (base, *HEADLINE)
+        ]
+        lines += table(("a training step", "batch", "ms", f"× {base}", memory), rows)
+        lines += [f"{result['model']}. {caption(result)}", ""]
+    if missing := not_measured(results):
+        lines.append(f"A whole training step is {missing} yet.")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def with_headline(readme: str, found: dict[str, list[Result]]) -> str:
+    """The README with what is between its marks written anew."""
+    assert all(mark in readme for mark in MARKS)
+    before, _, rest = readme.partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    return f"{before}{MARKS[0]}\n{headline(found)}\n{MARKS[1]}{after}"
+
+
+def pictures_of(found: dict[str, list[Result]]) -> dict[str, list[str]]:
+    """Paths of the pictures, seen from the page."""
+    return {name: [f"results/{x['file']}.png" for x in found[name]] for name in plots.PICTURES if name in found}
+
+
+def page(found: dict[str, list[Result]]) -> str:
+    """The whole Markdown text."""
+    pictures = pictures_of(found)
     lines = ["<!-- generated by python -m bench.report; do not edit -->", "", "# Results", "", EXPLAINED]
     for name, (title, section) in SECTIONS.items():
         lines += [f"## {title}", ""]
@@ -229,10 +364,8 @@ def page(found: dict[str, list[Result]], pictures: dict[str, list[str]]) -> str:
         for result in results:
             lines += section(result)
         lines += [f"![{title}]({picture})\n" for picture in pictures.get(name, [])]
-        if not any(result["conditions"].get("cuda") for result in results):
-            lines += [f"On a GPU: {MISSING}.", ""]
-        if not results:
-            lines += [f"On a CPU: {MISSING}.", ""]
+        if missing := not_measured(results):
+            lines += [f"This is {missing} yet.", ""]
     text = "\n".join(lines)
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
@@ -248,12 +381,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     found = read(options.results)
     print(f"{sum(map(len, found.values()))} result files in {options.results}")
-    folder = options.page.parent / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = plots.draw(found, folder)
-    relative = {name: [f"results/{path.name}" for path in paths] for name, paths in pictures.items()}
-    options.page.write_text(page(found, relative))
-    files = [str(path) for paths in pictures.values() for path in paths]
+    options.page.parent.mkdir(parents=True, exist_ok=True)
+    pictures = plots.draw(found, options.page.parent / "results")
+    options.page.write_text(page(found))
+    if options.page == PAGE:
+        README.write_text(with_headline(README.read_text(), found))
+    files = [str(path) for path in pictures]
     print(f"written: {options.page}")
     summary = {
         "command": "report",

@@ -185,7 +185,8 @@ def write_csv(path: Path, rows: list[Row]) -> list[Row]:
     rows = sorted((row for row in rows if row["operation"] in order), key=lambda row: order.index(row["operation"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n", restval="")
+        columns = dict.fromkeys(key for row in rows for key in row)  # rows of earlier runs may lack some
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows(rows)
     return rows

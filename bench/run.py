@@ -18,8 +18,7 @@ from rich.table import Table
 
 from adamae_fast.device import pick_device
 from adamae_fast.testing import OpShape
-from bench import conditions
-from bench.measure import measure
+from bench import conditions, measure
 from bench.registry import ENTRIES
 from bench.results import COLUMNS, Row, by_operation, cells, json_line, judge, make_rows, markdown, write_csv
 from bench.timing import QUICK, Plan, copy_roof
@@ -30,6 +29,9 @@ SHAPES = {
 }
 """ViT-B on 16 frames of 224 × 224, 95 % masked; widths are the entries' own."""
 
+TINY = OpShape(batch_size=2, grid=(8, 3, 3), tubelet_size=2, patch_size=16, num_visible=4)
+"""For ``--quick``."""
+
 RESULTS = conditions.ROOT / "bench" / "results"
 
 
@@ -37,7 +39,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--quick", action="store_true", help="few repetitions, to see that all runs; writes no file")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that all runs; no file without --out")
     parser.add_argument("--operation", nargs="+", choices=ENTRIES, default=list(ENTRIES), metavar="NAME")
     parser.add_argument("--out", type=Path, help="folder of the CSV and its Markdown (default: bench/results)")
     return parser.parse_args(arguments)
@@ -52,18 +54,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     out = options.out if options.out or options.quick else RESULTS
-    plan = QUICK if options.quick else Plan()
-    rows, refused = _measure_all(options.operation, device, plan)
+    if options.quick and device.type == "cpu":
+        measure.COMPILE_BACKEND = "aot_eager"  # the same graphs, without a minute of building
+    rows, refused = _measure_all(options.operation, device, out, quick=options.quick)
     table = by_operation(rows)
     verdicts = judge(table, device.type)
     _print_table(rows, refused)
     if rows and float(rows[0]["load"]) > 1:
         print(f"warning: the load average was {rows[0]['load']} at the start; other work disturbs such figures")
     if out is not None and rows:
-        path = out / f"kernels_{conditions.slug(rows[0])}.csv"
-        all_rows = write_csv(path, rows)
-        path.with_suffix(".md").write_text(markdown(all_rows))
-        print(f"written: {path}")
+        print(f"written: {_path(out, rows)}")
     for verdict in verdicts:
         mark = "met   " if verdict.met else "missed"
         print(f"{mark} {verdict.operation} {verdict.mode}: {verdict.goal}, measured {verdict.measured:g}")
@@ -71,30 +71,51 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if refused else 0
 
 
-def _measure_all(names: list[str], device: torch.device, plan: Plan) -> tuple[list[Row], dict[str, dict[str, str]]]:
+def _path(out: Path, rows: list[Row]) -> Path:
+    return out / f"kernels_{conditions.slug(rows[0])}.csv"
+
+
+def _write(out: Path, rows: list[Row]) -> None:
+    path = _path(out, rows)
+    path.with_suffix(".md").write_text(markdown(write_csv(path, rows)))
+
+
+def _measure_all(
+    names: list[str], device: torch.device, out: Path | None, *, quick: bool
+) -> tuple[list[Row], dict[str, dict[str, str]]]:
+    """Rows of all operations, and what was refused; each operation is on disk as soon as it is measured."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # Graphs are captured on a side stream only, and a backward runs on the stream of its forward.
         torch.cuda.set_stream(torch.cuda.Stream())
-    taken = conditions.collect(device)
+    taken = {**conditions.collect(device), "quick": "yes" if quick else ""}
     rows: list[Row] = []
     refused: dict[str, dict[str, str]] = {}
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("copy roof", total=len(names))
-        roof = copy_roof(device)
+        task = progress.add_task("tests", total=len(names))
+        gates = {name: measure.gates_of(ENTRIES[name], device) for name in names}
+        red = measure.red_gates(gate for name in names for gate in gates[name])
+        progress.update(task, description="copy roof")
+        roof = copy_roof(device, num_bytes=2**20) if quick else copy_roof(device)
         for name in names:
+            if reasons := [red[gate] for gate in gates[name] if gate in red]:
+                refused[name] = {"all": f"its tests are red ({'; '.join(reasons)})"}
+                progress.advance(task)
+                continue
             entry = ENTRIES[name]
-            shape = replace(SHAPES[device.type], width=entry.width)
+            shape = replace(TINY if quick else SHAPES[device.type], width=entry.width)
             dtype = entry.cuda_dtype if device.type == "cuda" else torch.float32
 
             def say(what: str, name: str = name) -> None:
                 progress.update(task, description=f"{name}: {what}")
 
-            measured = measure(entry, shape, dtype, device, plan, say)
+            measured = measure.measure(entry, shape, dtype, device, QUICK if quick else Plan(), say)
             if measured.refused:
                 refused[name] = measured.refused
             dtype_name = str(dtype).removeprefix("torch.")
             rows += make_rows(name, measured, shape, dtype_name, dtype.itemsize, roof, taken)
+            if out is not None and rows:
+                _write(out, rows)
             progress.advance(task)
     return rows, refused
 

@@ -7,9 +7,12 @@ the loss and the gradients of our reference before it is timed. Clips are on the
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,10 +20,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from adamae_fast.ops import library, triton_kernels
 from bench import arms, command, conditions, predict
 from bench.arms import Arm, Builder, Parity, Setting, Skipped
 from bench.peak import peak_extra_bytes
-from bench.profile import count, profiled
+from bench.profile import attention_that_ran, count, profiled
 from bench.saved import CASTS, saved_bytes
 from bench.timing import Plan, Timing, run_in_turns
 
@@ -39,19 +43,21 @@ def check_parity(arm: Arm, parity: Parity) -> str | None:
 
 
 def memory_on_gpu(build: Builder, parity: Parity | None = None) -> Row:
-    """Allocated and reserved peak of one arm alone, in its third step: the optimizer's moments exist by then."""
+    """Allocated and reserved peak of one arm alone, in the last step of its warm-up.
+
+    The optimizer's moments exist by then, and a graph is recorded in that step: its pool is allocated there and never
+    again.
+    """
     gc.collect()
     torch.cuda.empty_cache()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     arm = build()
     if parity is not None and (fault := check_parity(arm, parity)):
         return {"refused": fault}
-    torch.cuda.reset_peak_memory_stats()
-    for number in range(3):
-        # A graph's pool is allocated where the graph is captured, in one of the first steps, and never again.
-        if number == 2 and "graph" not in arm.name:
-            torch.cuda.reset_peak_memory_stats()
+    for _ in range(arms.WARM_UP - 1):
         arm.step()
+    torch.cuda.reset_peak_memory_stats()
+    arm.step()
     torch.cuda.synchronize()
     return {
         "allocated_bytes": torch.cuda.max_memory_allocated() - allocated,
@@ -80,7 +86,7 @@ def memory_on_cpu(arm: Arm) -> Row:
 
 
 def timing_row(timing: Timing, setting: Setting, device_name: str) -> Row:
-    """Milliseconds, clips and tokens a second, and the share of the peak arithmetic where that is known."""
+    """Milliseconds by the clock and of CPU time, clips and tokens a second, share of the peak where that is known."""
     clips = setting.batch_size / timing.median
     flops, peak = predict.step_flops(setting.model, setting.mask), predict.peak_flops(device_name)
     return {
@@ -88,16 +94,22 @@ def timing_row(timing: Timing, setting: Setting, device_name: str) -> Row:
         "ms_p20": round(timing.p20 * 1e3, 3),
         "ms_p80": round(timing.p80 * 1e3, 3),
         "steps": timing.num_calls,
+        "cpu_ms": None if timing.cpu is None else round(timing.cpu * 1e3, 3),
         "clips_per_s": round(clips, 3),
         "tokens_per_s": round(clips * predict.sizes_of(setting.model, setting.mask).num_tokens, 1),
         "mfu": None if peak is None else round(clips * flops / peak, 4),
     }
 
 
-def backends_of(arm: Arm) -> dict[str, str]:
-    """Which attention really ran in each part of ours, where the version can tell."""
-    stepper = getattr(arm, "stepper", None)
-    return dict(getattr(stepper, "attention_backends", {}))
+def backends_of(arm: Arm, profile: torch.profiler.profile) -> Row:
+    """What ran: fused attention by the profile of a step; of ours, the choice for each part, and the operations."""
+    row: Row = {"attention_ran": attention_that_ran(profile, arm.setting.device)}
+    if isinstance(arm, arms.OurArm):
+        on_gpu = arm.setting.device.type == "cuda"
+        missing = triton_kernels.reason_missing() if on_gpu else library.reason_missing
+        row["attention"] = dict(arm.stepper.attention_backends)
+        row["operations"] = "reference" if missing else "triton" if on_gpu else "cpp"
+    return row
 
 
 def measure(
@@ -131,10 +143,13 @@ def measure(
             rows[name] = {"arm": name, "precision": built[name].precision, "batch": setting.batch_size, **row}
     for name, arm in built.items():
         say(f"{name}: bytes and calls")
-        if not on_gpu:
+        if on_gpu:
+            for _ in range(arms.WARM_UP):
+                arm.step()
+        else:
             rows[name] |= memory_on_cpu(arm)
-        rows[name] |= asdict(count(profiled(arm.step, setting.device), setting.device))
-        rows[name]["attention"] = backends_of(arm)
+        profile = profiled(arm.step, setting.device)
+        rows[name] |= {**asdict(count(profile, setting.device)), **backends_of(arm, profile)}
     say("timing, in turns")
     name_of_device = conditions.device_name(setting.device)
     timings = run_in_turns({name: arm.runner(timing.warm_up) for name, arm in built.items()}, timing)
@@ -158,6 +173,26 @@ def speedups(rows: list[Row]) -> dict[str, float]:
         return {}
     times: dict[str, float] = {row["arm"]: row["ms"] for row in rows}
     return {name: round(times[base] / ms, 3) for name, ms in times.items()}
+
+
+def with_other_batches(result: Row, options: argparse.Namespace) -> Row:
+    """The result, beside rows of other batch sizes that the result file has of the same commit, versions and model."""
+    path = command.result_path("step", result, options)
+    before = json.loads(path.read_text()) if path and path.is_file() else None
+
+    def what(result: Row) -> Row:
+        taken = {key: value for key, value in result["conditions"].items() if key not in ("date", "load")}
+        return {**taken, "model": result["model"]}
+
+    rows, skipped = result["rows"], result["skipped"]
+    if before and what(before) == what(result):
+        batches = {row["batch"] for row in rows}
+        rows = [row for row in before["rows"] if row["batch"] not in batches] + rows
+        skipped = before["skipped"] | skipped
+    rows.sort(key=lambda row: row["batch"])
+    by_batch = groupby(rows, key=lambda row: row["batch"])
+    faster = {str(batch): speedups(list(same)) for batch, same in by_batch}
+    return {**result, "rows": rows, "skipped": skipped, "speedup_over": baseline(rows), "speedup": faster}
 
 
 def print_table(rows: list[Row], skipped: Mapping[str, str]) -> None:
@@ -198,6 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = first.device
     taken = conditions.collect(device)
     timing = QUICK if options.quick else PLANS[device.type]
+    if options.rounds is not None and options.rounds < 1:
+        raise ValueError(f"--rounds {options.rounds}: choose at least 1 round")
     if options.rounds:
         timing = Plan(warm_up=timing.warm_up, rounds=options.rounds, block=timing.block)
     if options.quick and device.type == "cpu":
@@ -205,7 +242,6 @@ def main(arguments: list[str] | None = None) -> int:
     batches = options.batch or ([2] if options.quick or device.type == "cpu" else [16, 32])
     rows: list[Row] = []
     skipped: Skipped = {}
-    faster: dict[str, dict[str, float]] = {}
     with command.progress(len(batches)) as (say, advance):
         for batch in batches:
             setting = command.setting_of(options, batch)
@@ -216,7 +252,6 @@ def main(arguments: list[str] | None = None) -> int:
             measured, refused = measure(setting, arms.plan_for(device, checkout), timing, say_batch, options.arm)
             rows += measured
             skipped |= refused
-            faster[str(batch)] = speedups(measured)
             advance()
     for batch in batches:
         print_table([row for row in rows if row["batch"] == batch], skipped)
@@ -227,10 +262,8 @@ def main(arguments: list[str] | None = None) -> int:
         "gflop_per_clip": round(predict.step_flops(first.model, first.mask) / 1e9, 1),
         "rows": rows,
         "skipped": skipped,
-        "speedup_over": baseline(rows),
-        "speedup": faster,
     }
-    command.finish("step", result, options)
+    command.finish("step", with_other_batches(result, options), options)
     harmless = ("not measured", "this version has no option")
     return 1 if any(not reason.startswith(harmless) for reason in skipped.values()) else 0
 

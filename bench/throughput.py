@@ -1,6 +1,6 @@
 """Clips and tokens a second against batch size and masking strategy: ``python -m bench.throughput``.
 
-Clips are on the device already: what the data path delivers is another figure.
+What decoding delivers is another figure: clips are in memory, of the device or of the host.
 """
 
 from __future__ import annotations
@@ -28,23 +28,35 @@ MASKS = (
 
 BATCHES = {"cpu": (1, 2), "cuda": (8, 16, 32, 64, 128)}
 
+CLIPS = {"cpu": ("device",), "cuda": ("device", "pinned")}
+"""Where a step's clips are: on the device already, or in pinned host memory, uploaded by the step itself."""
 
-def measure(setting: Setting, name: str, timing: Plan) -> dict[str, Any]:
-    """One arm at one batch size; a batch that does not fit is a result, too."""
-    row: dict[str, Any] = {
+Row = dict[str, Any]
+
+
+def measure(setting: Setting, name: str, timing: Plan) -> list[Row]:
+    """One arm at one batch size, a row for each of :data:`CLIPS`; a batch that does not fit is a result, too."""
+    row: Row = {
         "arm": name,
         "strategy": setting.mask.strategy,
         "ratio": setting.mask.ratio,
         "batch": setting.batch_size,
     }
     gc.collect()
+    rows = []
+    clips = "device"
     try:
         arm = arms.builders(setting, arms.plan_for(setting.device, None))[0][name]()
-        result = run_in_turns({name: arm.runner(timing.warm_up)}, timing)[name]
+        for clips in CLIPS[setting.device.type]:
+            if clips == "pinned":
+                arm.clips = arm.clips.cpu().pin_memory()
+            result = run_in_turns({name: arm.runner(timing.warm_up)}, timing)[name]
+            figures = timing_row(result, setting, conditions.device_name(setting.device))
+            rows.append({**row, "clips": clips, **figures})
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
-        return {**row, "refused": "out of memory"}
-    return {**row, **timing_row(result, setting, conditions.device_name(setting.device))}
+        rows.append({**row, "clips": clips, "refused": "out of memory"})
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,23 +73,26 @@ def main(arguments: list[str] | None = None) -> int:
     timing = QUICK if options.quick else dataclasses.replace(PLANS[first.device.type], rounds=6)
     batches = options.batch or ([1, 2] if options.quick else BATCHES[first.device.type])
     masks = [dataclasses.replace(mask, ratio=min(mask.ratio, 0.9)) for mask in MASKS] if options.quick else MASKS
-    rows = []
+    rows: list[Row] = []
     with command.progress(len(masks) * len(batches)) as (say, advance):
         for mask in masks:
             for batch in batches:
                 say(f"{mask.strategy} {mask.ratio}, batch {batch}")
                 setting = dataclasses.replace(first, mask=mask, batch_size=batch)
-                rows.append(measure(setting, options.arm, timing))
+                rows += measure(setting, options.arm, timing)
                 advance()
-    table = Table("strategy", "ratio", "batch", "ms", "clips/s", "tokens/s", "MFU")
+    table = Table("strategy", "ratio", "batch", "clips", "ms", "CPU ms", "clips/s", "tokens/s", "MFU")
     for row in rows:
-        cells = [row["strategy"], str(row["ratio"]), str(row["batch"])]
+        cells = [row["strategy"], str(row["ratio"]), str(row["batch"]), row["clips"]]
         if "refused" in row:
             table.add_row(*cells, row["refused"])
             continue
         mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        table.add_row(*cells, f"{row['ms']:.1f}", f"{row['clips_per_s']:.1f}", f"{row['tokens_per_s']:.0f}", mfu)
-    Console().print(table)
+        figures = (row["ms"], row["cpu_ms"], row["clips_per_s"])
+        table.add_row(*cells, *(f"{figure:.1f}" for figure in figures), f"{row['tokens_per_s']:.0f}", mfu)
+    console = Console()
+    console.width = max(console.width, 120)
+    console.print(table)
     command.finish("throughput", {"conditions": taken, "rows": rows}, options)
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -39,18 +39,23 @@ class Timing:
     num_calls: int
     how: str
     """What was timed: calls, a CUDA graph of several calls, or several launches one after another."""
+    cpu: float | None = None
+    """CPU time of all threads of the process, median; waiting for the device in a loop counts. None: not measured."""
 
 
-def summarize(seconds: list[float], how: str) -> Timing:
+def summarize(seconds: list[float], how: str, cpu_seconds: Sequence[float] = ()) -> Timing:
     """Median, 20th and 80th percentile."""
     fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-    return Timing(statistics.median(seconds), fifths[0], fifths[3], len(seconds), how)
+    cpu = statistics.median(cpu_seconds) if cpu_seconds else None
+    return Timing(statistics.median(seconds), fifths[0], fifths[3], len(seconds), how, cpu)
 
 
 class Runner(Protocol):
     """One arm, ready to be timed."""
 
     how: str
+    cpu_seconds: list[float]
+    """CPU time of every timed call so far, of all threads; empty where calls are too short for that clock."""
 
     def seconds(self, repetitions: int) -> list[float]:
         """Run the call that often, after one more that is not timed, and return the time of each."""
@@ -63,6 +68,7 @@ class CpuRunner:
 
     def __init__(self, call: Call, warm_up: int) -> None:
         self._call = call
+        self.cpu_seconds: list[float] = []
         for _ in range(warm_up):
             call()
 
@@ -71,9 +77,11 @@ class CpuRunner:
         self._call()  # the other arms have used the caches
         seconds = []
         for _ in range(repetitions):
+            start_cpu = time.process_time()
             start = time.perf_counter()
             self._call()
             seconds.append(time.perf_counter() - start)
+            self.cpu_seconds.append(time.process_time() - start_cpu)
         return seconds
 
 
@@ -85,6 +93,7 @@ class CudaRunner:
 
     def __init__(self, call: Call, warm_up: int) -> None:
         self._call = call
+        self.cpu_seconds: list[float] = []
         for _ in range(warm_up):
             call()
         torch.cuda.synchronize()
@@ -153,7 +162,7 @@ def run_in_turns(runners: dict[str, Runner], plan: Plan) -> dict[str, Timing]:
     for _ in range(plan.rounds):
         for arm, runner in runners.items():
             seconds[arm] += runner.seconds(plan.block)
-    return {arm: summarize(seconds[arm], runner.how) for arm, runner in runners.items()}
+    return {arm: summarize(seconds[arm], runner.how, runner.cpu_seconds) for arm, runner in runners.items()}
 
 
 def copy_roof(device: torch.device, *, num_bytes: int = 2**28, repetitions: int = 20) -> float:

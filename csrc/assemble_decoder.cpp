@@ -20,8 +20,8 @@ Tensor assemble_decoder(const Tensor& visible, const Tensor& mask_token, const T
   const Tensor masked_ids_BM = ascending_ids("masked_ids", masked_ids, batch_size, num_tokens);
   const int64_t num_masked = masked_ids_BM.size(1), num_rows = num_visible + num_masked;
   const ScalarType compute = accumulate_type(visible.scalar_type());
-  const Tensor visible_BKE = contiguous(visible);
-  const Tensor mask_token_E = contiguous_as(mask_token, compute), positions_NE = contiguous_as(positions, compute);
+  const Tensor visible_BKE = row_major(visible);
+  const Tensor mask_token_E = row_major_as(mask_token, compute), positions_NE = row_major_as(positions, compute);
   Tensor out_BNE = torch::stable::new_empty(visible, {batch_size, num_rows, width});
   with_floating_type("visible", visible.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> assemble_decoder_backward(const Tensor& grad, int64_t
   const int64_t batch_size = grad.size(0), num_rows = grad.size(1), width = grad.size(2);
   check(0 <= num_visible && num_visible <= num_rows, "num_visible=", num_visible, ": choose 0 to ", num_rows,
         ", the number of tokens");
-  const Tensor grad_BNE = contiguous(grad);
+  const Tensor grad_BNE = row_major(grad);
   Tensor grad_visible_BKE = torch::stable::new_empty(grad, {batch_size, num_visible, width});
   // Summed in fp64, so that the order of thousands of rows costs no digits of the result.
   Tensor sum_E = torch::stable::new_empty(grad, {width}, ScalarType::Double);
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> assemble_decoder_backward(const Tensor& grad, int64_t
       }
     });
   });
-  return {grad_visible_BKE, contiguous_as(sum_E, mask_token_dtype)};
+  return {grad_visible_BKE, row_major_as(sum_E, mask_token_dtype)};
 }
 
 }  // namespace

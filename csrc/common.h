@@ -69,9 +69,15 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// The values in row-major order and in the given dtype; the tensor itself if they are so already.
-inline Tensor contiguous_as(const Tensor& tensor, ScalarType type) {
-  return contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+// The values in row-major order; the tensor itself if they are so already. Asking first saves a microsecond: through the
+// stable interface each call of an operation goes through the dispatcher.
+inline Tensor row_major(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// The same in the given dtype.
+inline Tensor row_major_as(const Tensor& tensor, ScalarType type) {
+  return row_major(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
 }
 
 inline void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
@@ -92,7 +98,7 @@ inline Tensor id_rows(const char* name, const Tensor& ids, int64_t batch_size) {
         "; pass int64 token ids");
   check_dim(name, ids, 2);
   check(ids.size(0) == batch_size, name, " has ", ids.size(0), " rows; pass one for each of ", batch_size, " clips");
-  return contiguous(ids);
+  return row_major(ids);
 }
 
 // Contiguous int64 ids (B, any), each of them in 0 … num_tokens - 1, in any order.

@@ -13,8 +13,8 @@ Tensor gather_tokens(const Tensor& tokens, const Tensor& ids, const Tensor&, con
   const int64_t num_visible = ids_BK.size(1);
   check_shape("positions", positions, {num_tokens, width});
   // Few tokens are taken, so a copy of all of them is avoided wherever rows are contiguous.
-  const Tensor tokens_BND = tokens.stride(2) == 1 ? tokens : contiguous(tokens);
-  const Tensor positions_ND = contiguous_as(positions, accumulate_type(tokens.scalar_type()));
+  const Tensor tokens_BND = tokens.stride(2) == 1 ? tokens : row_major(tokens);
+  const Tensor positions_ND = row_major_as(positions, accumulate_type(tokens.scalar_type()));
   Tensor out_BKD = torch::stable::new_empty(tokens, {tokens.size(0), num_visible, width});
   with_floating_type("tokens", tokens.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -42,7 +42,7 @@ Tensor gather_tokens_backward(const Tensor& grad, const Tensor& slots) {
   check_dim("slots", slots, 2);
   const int64_t num_visible = grad.size(1), width = grad.size(2), num_tokens = slots.size(1);
   const Tensor slots_BN = checked_ids("slots", slots, grad.size(0), num_tokens);
-  const Tensor grad_BKD = contiguous(grad);
+  const Tensor grad_BKD = row_major(grad);
   Tensor out_BND = torch::stable::new_empty(grad, {grad.size(0), num_tokens, width});
   with_floating_type("grad", grad.scalar_type(), [&](auto type) {
     using T = decltype(type);

@@ -214,7 +214,7 @@ Tensor masked_patch_loss(const Tensor& prediction, const Tensor& video, const Te
   const Tensor ids_BM = ascending_ids("masked_ids", masked_ids, tubelets.batch_size, tubelets.num_tokens());
   const int64_t size = tubelets.pixels_per_token();
   check_shape("prediction", prediction, {ids_BM.size(0), ids_BM.size(1), size});
-  const Tensor prediction_BMP = contiguous(prediction);
+  const Tensor prediction_BMP = row_major(prediction);
   Tensor out_BM = torch::stable::new_empty(prediction, ids_BM.sizes(), accumulate_type(prediction.scalar_type()));
   with_floating_type("prediction", prediction.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -238,8 +238,8 @@ Tensor masked_patch_loss_backward(const Tensor& grad, const Tensor& prediction, 
   const int64_t size = tubelets.pixels_per_token();
   check_shape("prediction", prediction, {ids_BM.size(0), ids_BM.size(1), size});
   check_shape("grad", grad, {ids_BM.size(0), ids_BM.size(1)});
-  const Tensor prediction_BMP = contiguous(prediction);
-  const Tensor grad_BM = contiguous_as(grad, accumulate_type(prediction.scalar_type()));
+  const Tensor prediction_BMP = row_major(prediction);
+  const Tensor grad_BM = row_major_as(grad, accumulate_type(prediction.scalar_type()));
   Tensor out_BMP = torch::stable::new_empty(prediction, prediction.sizes());
   with_floating_type("prediction", prediction.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -266,7 +266,7 @@ Tensor patch_loss_step(Tensor prediction, const Tensor& video, const Tensor& mas
   check_shape("prediction", prediction, {num_rows, size});
   check(first_row >= 0 && first_row <= ids_BM.numel() - num_rows, "first_row=", first_row, " and ", num_rows,
         " rows of prediction leave the ", ids_BM.numel(), " masked tokens");
-  const Tensor prediction_RP = contiguous(prediction);
+  const Tensor prediction_RP = row_major(prediction);
   Tensor out_R = torch::stable::new_empty(prediction, {num_rows}, accumulate_type(prediction.scalar_type()));
   with_floating_type("prediction", prediction.scalar_type(), [&](auto type) {
     using T = decltype(type);

@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_visible(const Tensor& logits, 
   check_shape("seeds", seeds, {batch_size});
   check(1 <= num_visible && num_visible <= num_tokens, "num_visible=", num_visible, ": choose 1 to ", num_tokens,
         ", the number of tokens");
-  const Tensor logits_BN = contiguous(logits), seeds_B = contiguous(seeds);
+  const Tensor logits_BN = row_major(logits), seeds_B = row_major(seeds);
   const Split split(logits, batch_size, num_visible, num_tokens);
   Tensor statistics_B3 =
       torch::stable::new_empty(logits, {batch_size, int64_t{3}}, accumulate_type(logits.scalar_type()));

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_visible(const Tensor& logits, 
         ", pass impl='reference'");
   check(logits.scalar_type() != ScalarType::Double,
         "logits is Double; the CUDA operation takes Float, BFloat16 and Half: convert it, or pass impl='reference'");
-  const Tensor logits_BN = contiguous(logits), seeds_B = contiguous(seeds);
+  const Tensor logits_BN = row_major(logits), seeds_B = row_major(seeds);
   const auto make = [&](int64_t size, ScalarType type) {
     return torch::stable::new_empty(logits, {batch_size, size}, type);
   };

@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> sampling_loss(const Tensor& logits, const Tensor& mas
   check(num_masked >= 1, "masked_ids has no columns; the loss is a mean over at least one masked token");
   check_shape("error", error, {batch_size, num_masked});
   const ScalarType compute = accumulate_type(logits.scalar_type());
-  const Tensor logits_BN = contiguous(logits), error_BM = contiguous_as(error, compute);
+  const Tensor logits_BN = row_major(logits), error_BM = row_major_as(error, compute);
   Tensor loss_B = torch::stable::new_empty(logits, {batch_size}, compute);
   Tensor gradient_BN = torch::stable::new_empty(logits, {batch_size, num_tokens}, compute);
   const double lowest = std::log(kProbabilityEps), highest = std::log1p(-kProbabilityEps);

@@ -6,6 +6,7 @@ import pytest
 
 from adamae_fast import __version__
 from adamae_fast.cli import COMMANDS, main
+from tests.conftest import REPOSITORY
 
 
 def test_module_and_version():
@@ -24,6 +25,19 @@ def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([*name.split(), "--help"])
     assert f"adamae-fast {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "name a measurement, such as adamae-fast bench step:"), (["stpe"], "there is no measurement 'stpe'")],
+)
+def test_bench_lists_its_measurements_where_none_is_named(words, message, capsys):
+    assert main(["bench", *words]) == 2
+    text = capsys.readouterr().err
+    assert message in text
+    listed = [line.split()[0] for line in text.splitlines()[1:]]
+    files = (REPOSITORY / "bench").glob("*.py")
+    assert sorted(listed) == sorted(f.stem for f in files if "def main(" in f.read_text())
 
 
 def test_unknown_command_is_an_error(capsys):

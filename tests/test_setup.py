@@ -25,7 +25,10 @@ runpy.run_path("setup.py", run_name="__main__")
 """
 # Keeps what it is told, and compiles an empty file in place of the source.
 NVCC = """#!/bin/sh
-case "$*" in *--version*) echo "release 13.0, V13.0.88"; exit;; esac
+case "$*" in
+  *--version*) echo "release 13.0, V13.0.88"; exit;;
+  *--list-gpu-code*) printf "%s\\n" $KNOWN; exit;;
+esac
 echo "$*" >> toolkit/said
 while [ "$1" != -o ]; do shift; done
 exec cc -x c -fPIC -c /dev/null -o "$2"
@@ -66,7 +69,8 @@ def build_cuda(folder: Path, nvcc: str = NVCC, **environment: str) -> subprocess
     for name in ("cudart", "c10_cuda", "torch_cuda"):
         library = str(toolkit / "lib64" / f"lib{name}.so")
         subprocess.run(["cc", "-shared", "-x", "c", "/dev/null", "-o", library], check=True)
-    return run(folder, ["-c", PRETEND_CUDA], **{"ADAMAE_BUILD_CPP": "0"} | environment)
+    known = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"
+    return run(folder, ["-c", PRETEND_CUDA], **{"ADAMAE_BUILD_CPP": "0", "KNOWN": known} | environment)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +125,13 @@ def test_cuda_without_a_torch_for_it_is_left_out_or_an_error(tmp_path: Path) -> 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (cc)")
 @pytest.mark.parametrize(
     ("environment", "code"),
-    [({}, {"sm_80", "sm_90", "sm_100", "compute_100"}), ({"TORCH_CUDA_ARCH_LIST": "9.0"}, {"sm_90"})],
+    [
+        ({}, {"sm_80", "sm_90", "sm_100", "compute_100"}),
+        ({"KNOWN": "sm_75 sm_80 sm_86 sm_90"}, {"sm_80", "sm_90", "compute_90"}),  # of CUDA 12.4
+        ({"TORCH_CUDA_ARCH_LIST": "9.0"}, {"sm_90"}),
+    ],
 )
-def test_cuda_is_built_for_fixed_gpus_or_those_asked_for(
+def test_cuda_is_built_for_the_gpus_that_nvcc_knows_or_those_asked_for(
     tmp_path: Path, environment: dict[str, str], code: set[str]
 ) -> None:
     finished = build_cuda(tmp_path, **environment)

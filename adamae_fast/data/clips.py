@@ -6,6 +6,7 @@ Letters: T frames, H, W pixels, C channels, S the clip's side in pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from adamae_fast.config import CropKind
+from adamae_fast.config import CropKind, DataConfig
 
 Purpose = Literal["clip", "order", "replacement"]
 _PURPOSES: tuple[Purpose, ...] = ("clip", "order", "replacement")
@@ -57,6 +58,72 @@ class View:
     box: CropBox
     flip: bool = False
     """Mirrored left to right."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClipPlan:
+    """What is decoded of one video, and what its crops see of that. Every decoder carries out the same plan."""
+
+    frame_ids: tuple[int, ...]
+    """T frames of the video in ascending order; the last one again and again where a short video lacks some."""
+
+    views: tuple[View, ...]
+    """One for each of ``data.repeat`` crops, in pixels of the upright frame."""
+
+
+def plan_clip(
+    config: DataConfig,
+    seed: int,
+    epoch: int,
+    sample: int,
+    *,
+    num_frames: int,
+    frame_size: int,
+    total_frames: int,
+    height: int,
+    width: int,
+) -> ClipPlan:
+    """The plan for video ``sample`` in ``epoch``: a pure function of its arguments, without decoding.
+
+    Args:
+        config: stride, crop, random_resized_scale, flip and repeat.
+        seed: of the run.
+        epoch: which pass over the manifest.
+        sample: index of the entry that the order names, also where another one is decoded in its place.
+        num_frames: T.
+        frame_size: S.
+        total_frames: frames of the video that is decoded.
+        height: pixels of its upright frames.
+        width: pixels of its upright frames.
+    """
+    rngs = [clip_rng(seed, epoch, sample, repeat) for repeat in range(config.repeat)]
+    ids_T = frame_ids(total_frames, num_frames, config.stride, rngs[0])
+    views = [
+        draw_view(
+            rng,
+            height,
+            width,
+            crop=config.crop,
+            frame_size=frame_size,
+            random_resized_scale=config.random_resized_scale,
+            flip=config.flip,
+        )
+        for rng in rngs
+    ]
+    return ClipPlan(tuple(ids_T.tolist()), tuple(views))
+
+
+def epoch_order(seed: int, epoch: int, num_videos: int) -> NDArray[np.int64]:
+    """The order in which ``epoch`` shows the videos, int64 (num_videos,): a permutation of its own for each epoch."""
+    return derived_rng(seed, "order", epoch).permutation(np.arange(num_videos, dtype=np.int64))
+
+
+def draw_replacement(seed: int, epoch: int, sample: int, bad: Collection[int], num_videos: int) -> int:
+    """The video to show for ``sample`` after those in ``bad`` were unreadable, any other one with equal probability."""
+    rng = derived_rng(seed, "replacement", epoch, sample, len(bad))
+    while (other := int(rng.integers(num_videos))) in bad:
+        pass
+    return other
 
 
 def derived_rng(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:

@@ -5,6 +5,7 @@ Letters: T frames, S the clip's side in pixels.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adamae_fast.config import DataConfig
-from adamae_fast.data.clips import apply_view, clip_rng, derived_rng, draw_view, frame_ids
+from adamae_fast.data.clips import apply_view, draw_replacement, epoch_order, plan_clip
 from adamae_fast.data.decode import VideoError, open_entry, require_decoder
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError
@@ -24,7 +25,7 @@ MAX_ATTEMPTS = 10
 """Videos tried for one clip before the run stops."""
 
 NOTHING = -1
-"""What :attr:`PretrainClips.decoding` says between two videos."""
+"""The entry in :attr:`PretrainClips.decoding` between two videos."""
 
 
 class NoReadableVideoError(DataStoppedError):
@@ -39,6 +40,14 @@ class NoReadableVideoError(DataStoppedError):
         return f"all {len(self.tried)} videos tried for one clip are unreadable:{reasons}"
 
 
+class DecodeCost(NamedTuple):
+    """What decoding took; opening the file is part of it, crops are not."""
+
+    seconds: float
+    frames: int
+    """Frames decoded, with those that were needed for others only."""
+
+
 class ClipSample(NamedTuple):
     """The crops of one decoded range of one video."""
 
@@ -47,6 +56,9 @@ class ClipSample(NamedTuple):
 
     bad: tuple[BadVideo, ...]
     """Videos that were to be seen here and could not be read."""
+
+    decode: DecodeCost
+    """Of the video that was read."""
 
 
 class PretrainClips:
@@ -86,8 +98,9 @@ class PretrainClips:
         self.seed = seed
         self.crashers = dict(known_crashers or {})
         """Grows by what crashes a worker; new workers start with a copy."""
-        self.decoding = torch.tensor(NOTHING)
-        """int64: index of the entry that is being decoded. A worker shares it with its parent, which outlives it."""
+        self.decoding = torch.tensor([NOTHING, 0])
+        """int64 (2,): index of the entry that is being decoded, and how many were begun. A worker shares it with its
+        parent, which outlives it."""
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
     def __getitem__(self, position: int) -> ClipSample:
@@ -106,42 +119,40 @@ class PretrainClips:
                 bad[tried] = BadVideo(path, self.crashers[path], crashed=True)
             else:
                 try:
-                    return ClipSample(self._crops(tried, epoch, sample), tuple(bad.values()))
+                    crops, cost = self._crops(tried, epoch, sample)
+                    return ClipSample(crops, tuple(bad.values()), cost)
                 except VideoError as error:
                     bad[tried] = BadVideo(error.path, error.reason)
             if len(bad) == min(MAX_ATTEMPTS, len(self.entries)):
                 raise NoReadableVideoError(tuple(bad.values()))
-            rng = derived_rng(self.seed, "replacement", epoch, sample, len(bad))
-            while tried in bad:
-                tried = int(rng.integers(len(self.entries)))
+            tried = draw_replacement(self.seed, epoch, sample, bad.keys(), len(self.entries))
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order is None or self._order[0] != epoch:
-            rng = derived_rng(self.seed, "order", epoch)
-            self._order = epoch, rng.permutation(np.arange(len(self.entries), dtype=np.int64))
+            self._order = epoch, epoch_order(self.seed, epoch, len(self.entries))
         return self._order[1]
 
-    def _crops(self, index: int, epoch: int, sample: int) -> Tensor:
-        """All crops of one range of frames of an entry, uint8 (repeat, 3, T, S, S)."""
-        config = self.config
-        rngs = [clip_rng(self.seed, epoch, sample, repeat) for repeat in range(config.repeat)]
-        self.decoding.fill_(index)
+    def _crops(self, index: int, epoch: int, sample: int) -> tuple[Tensor, DecodeCost]:
+        """All crops of one range of frames of an entry, uint8 (repeat, 3, T, S, S), and what that range cost."""
+        start = time.perf_counter()
+        self.decoding[1] += 1
+        self.decoding[0] = index
         try:
-            with closing(open_entry(self.entries[index], config.decoder)) as video:
-                frames_THWC = video.read(frame_ids(video.num_frames, self.num_frames, config.stride, rngs[0]))
+            with closing(open_entry(self.entries[index], self.config.decoder)) as video:
+                plan = plan_clip(
+                    self.config,
+                    self.seed,
+                    epoch,
+                    sample,
+                    num_frames=self.num_frames,
+                    frame_size=self.frame_size,
+                    total_frames=video.num_frames,
+                    height=video.height,
+                    width=video.width,
+                )
+                frames_THWC = video.read(plan.frame_ids)
+                num_decoded = video.num_decoded
         finally:
-            self.decoding.fill_(NOTHING)
-        _, height, width, _ = frames_THWC.shape
-        clips = []
-        for rng in rngs:
-            view = draw_view(
-                rng,
-                height,
-                width,
-                crop=config.crop,
-                frame_size=self.frame_size,
-                random_resized_scale=config.random_resized_scale,
-                flip=config.flip,
-            )
-            clips.append(apply_view(frames_THWC, view, self.frame_size))
-        return torch.stack(clips)
+            self.decoding[0] = NOTHING
+        cost = DecodeCost(time.perf_counter() - start, num_decoded)
+        return torch.stack([apply_view(frames_THWC, view, self.frame_size) for view in plan.views]), cost

@@ -1,9 +1,9 @@
 """Opens videos and folders of images, and reads single frames of them: the picture asked for, or :class:`VideoError`.
 
-Frame i is the i-th picture that comes out of a complete decode. decord is fast, but counts packets instead: with open
-groups of pictures, edit lists, hidden packets or wrong time stamps it returns other frames than those asked for,
-without a word. So PyAV first lists the file's packets (no decoding, a few per cent of a read). decord reads what it can
-address rightly, PyAV the rest; both return the same bytes.
+Frame i is the i-th picture that comes out of a complete decode; several of one time count as one. decord is fast, but
+counts packets instead: with open groups of pictures, edit lists, hidden packets or wrong time stamps it returns other
+frames than those asked for, without a word. So PyAV first lists the file's packets (no decoding, a few per cent of a
+read). decord reads what it can address rightly, PyAV the rest; both return the same bytes.
 
 Letters: T frames, H, W pixels.
 """
@@ -11,10 +11,11 @@ Letters: T frames, H, W pixels.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import stat
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -25,7 +26,15 @@ from numpy.typing import NDArray
 
 from adamae_fast.config import DecoderName
 from adamae_fast.data.manifest import Entry, numbered_images
-from adamae_fast.data.packets import Packet, find_decord_trap, presentation_times, restarts_h264
+from adamae_fast.data.packets import (
+    I_SLICE,
+    P_SLICE,
+    Packet,
+    find_decord_trap,
+    h264_slice_kind,
+    is_h264_disposable,
+    presentation_times,
+)
 from adamae_fast.data.shards import DamagedVideoError, PreparedVideo
 
 Frames = NDArray[np.uint8]
@@ -55,6 +64,11 @@ class VideoFile(Protocol):
     codec: str
     fps: float | None
     num_frames: int
+    height: int
+    width: int
+    """Pixels of the upright frames that :meth:`read` returns."""
+    num_decoded: int
+    """Frames that the last :meth:`read` had to decode: from a key frame to the last one asked for."""
 
     def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Frames:
         """Upright RGB frames (T, H, W, 3); ids may repeat. Raises IndexError for one outside 0..num_frames-1."""
@@ -79,10 +93,10 @@ def open_entry(entry: Entry, decoder: DecoderName = "auto") -> VideoFile:
 def open_video(path: str, decoder: DecoderName = "auto") -> VideoFile:
     """Open one video file.
 
-    ``decoder``: "decord" or "pyav" takes that one alone; "auto" takes decord where it is installed and reads the right
-    frames, and PyAV otherwise. Of several video streams FFmpeg's "best" is taken: the default one if only one is
-    marked so, then the one with more frames, then the higher bit rate. Rotations by 90, 180 and 270 degrees in the
-    metadata are carried out, others and mirroring ignored.
+    ``decoder``: "decord" takes decord; "pyav" and "auto" take PyAV, which reads more files, and faster. Of several
+    video streams FFmpeg's "best" is taken: the default one if only one is marked so, then the one with more frames,
+    then the higher bit rate. Rotations by 90, 180 and 270 degrees in the metadata are carried out, others and mirroring
+    ignored.
 
     Raises:
         VideoError: the file is missing, a folder, empty, no video, or does not decode.
@@ -110,35 +124,23 @@ class EncodedVideo:
         _require_file(path)
         self.path = path
         self._file = os.path.abspath(path)  # FFmpeg takes what stands before a colon for a protocol
-        self._choice = decoder
         with _errors_of_pyav(path, "no video, cut short or damaged"):
             self._open()
             self._index()
-        self.decoder = "pyav" if decoder == "pyav" or not decord_is_installed() or self._decord_trap else "decord"
+        self.decoder = decoder if decoder == "decord" else "pyav"
 
     def close(self) -> None:
         """Close the container."""
         self._container.close()
 
     def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Frames:
-        """See :class:`VideoFile`. With "auto", what decord cannot read is tried with PyAV."""
+        """See :class:`VideoFile`."""
         wanted, inverse = _checked(ids, self.num_frames)
-        if self._choice == "decord" and self._decord_trap:
-            raise VideoError(self.path, f"decord would return wrong frames: {self._decord_trap}; use auto or pyav")
-        problem = ""
+        self.num_decoded = self._frames_on_the_way(wanted)
         if self.decoder == "decord":
-            try:
-                return _select(self._read_decord(wanted), wanted, inverse)
-            except VideoError:
-                if self._choice == "decord":
-                    raise
-                problem = "; decord could not read them either"
-                self.decoder = "pyav"
-        try:
-            with _errors_of_pyav(self.path, "damaged, these frames do not decode"):
-                return _select(self._read_pyav(wanted), wanted, inverse)
-        except VideoError as error:
-            raise VideoError(self.path, error.reason + problem) from error
+            return _select(self._read_decord(wanted), wanted, inverse)
+        with _errors_of_pyav(self.path, "damaged, these frames do not decode"):
+            return _select(self._read_pyav(wanted), wanted, inverse)
 
     def _source(self) -> str | BinaryIO:
         """What the decoders open."""
@@ -146,7 +148,7 @@ class EncodedVideo:
 
     def in_order(self, short_side: int) -> Iterator[Frames]:
         """See :class:`VideoFile`. One complete decode, by PyAV."""
-        size = fitted_size(*self._upright_size(), short_side)
+        size = fitted_size(self.height, self.width, short_side)
         count = 0
         with _errors_of_pyav(self.path, "damaged, its frames do not decode"):
             self._reopen()
@@ -178,13 +180,18 @@ class EncodedVideo:
         """List the packets, decode the first frame, and find out how frames are to be addressed."""
         codec = self._stream.codec_context
         packets: list[Packet] = []
+        latest = -math.inf
         first = None
         for packet in self._container.demux(self._stream):
             if packet.size:
-                restarts = packet.is_keyframe and (
-                    codec.name != "h264" or restarts_h264(bytes(packet), codec.extradata)
-                )
-                packets.append(Packet(packet.pts, packet.is_keyframe, restarts, packet.is_discard))
+                is_early = packet.pts is not None and packet.pts < latest
+                latest = max(latest, latest if packet.pts is None else packet.pts)
+                kind = None
+                if codec.name == "h264" and (packet.is_keyframe or is_early):
+                    kind = h264_slice_kind(packet, codec.extradata)
+                restarts = packet.is_keyframe and (codec.name != "h264" or kind == I_SLICE)
+                is_misplaced = is_early and kind in (I_SLICE, P_SLICE)
+                packets.append(Packet(packet.pts, packet.is_keyframe, restarts, packet.is_discard, is_misplaced))
             if first is None:
                 first = next(iter(packet.decode()), None)
         if first is None:
@@ -194,6 +201,7 @@ class EncodedVideo:
         self._frame_size = (first.width, first.height)
         # Counter-clockwise quarter turns; the metadata says how the picture is turned to stand upright.
         self._turns = first.rotation // 90 % 4 if first.rotation % 90 == 0 else 0
+        self.height, self.width = self._frame_size if self._turns % 2 else self._frame_size[::-1]
         self._pts, self._key_pts = presentation_times(packets, first.pts)
         if self._container.format.name == "avi" and codec.has_b_frames:
             self._pts = None  # AVI stores no presentation times: these are guesses that do not fit the order
@@ -203,6 +211,8 @@ class EncodedVideo:
         self._decord_trap = find_decord_trap(packets, self._pts, self._container.format.name, self._turns)
 
     def _read_decord(self, wanted: list[int]) -> Frames:
+        if self._decord_trap:
+            raise VideoError(self.path, f"decord would return wrong frames: {self._decord_trap}; use auto or pyav")
         decord = _import_decord()
         try:
             reader = decord.VideoReader(self._source(), ctx=decord.cpu(0), num_threads=1, fault_tol=NO_RECOVERED_FRAMES)
@@ -212,17 +222,24 @@ class EncodedVideo:
         # What decord raises: its own two errors from C++, RuntimeError and AssertionError from its Python part.
         except (decord.DECORDError, decord._ffi.base.DECORDLimitReachedError, RuntimeError, AssertionError) as error:
             raise VideoError(self.path, f"decord: {_plain_decord(error)}") from error
-        if frames.shape[1:3] != self._upright_size():
-            raise VideoError(self.path, f"decord: frames of {frames.shape[1:3]}, expected {self._upright_size()}")
+        if frames.shape[1:3] != (self.height, self.width):
+            expected = (self.height, self.width)
+            raise VideoError(self.path, f"decord: frames of {frames.shape[1:3]}, expected {expected}")
         return frames
 
-    def _upright_size(self) -> tuple[int, int]:
-        width, height = self._frame_size
-        return (width, height) if self._turns % 2 else (height, width)
+    def _frames_on_the_way(self, wanted: list[int]) -> int:
+        """How many frames there are from the key frame before the first wanted one to the last."""
+        if not self._pts:  # the whole file is decoded
+            return self.num_frames
+        return wanted[-1] + 1 - bisect_left(self._pts, self._key_before(wanted[0], self._pts))
+
+    def _key_before(self, frame: int, pts: list[int]) -> int:
+        """The time of the last key frame that is not shown after ``frame``."""
+        return self._key_pts[bisect_right(self._key_pts, pts[frame]) - 1]
 
     def _read_pyav(self, wanted: list[int]) -> Frames:
         if self._pts:
-            key = self._key_pts[bisect_right(self._key_pts, self._pts[wanted[0]]) - 1]
+            key = self._key_before(wanted[0], self._pts)
             # Where a container seeks badly, once more from its beginning.
             for start in dict.fromkeys((key, self._key_pts[0])):
                 frames = self._read_by_time(wanted, self._pts, start)
@@ -234,31 +251,55 @@ class EncodedVideo:
         """Decode from the key frame at ``start``; None unless the first wanted one and its successors come in turn."""
         import av
 
+        needed = {pts[place] for place in wanted}
         try:
             self._container.seek(start, stream=self._stream)
         except av.error.FFmpegError:  # this container cannot seek
             return None
+        packets, times = self._needed_packets(needed)
+        self.num_decoded = len(packets)
+        due = [time for time in times if time >= min(needed)]
         found: list[Frames] = []
-        expected = wanted[0]
-        has_key = False
-        for packet in self._container.demux(self._stream):
-            if not has_key and packet.size:
-                has_key = packet.is_keyframe
-                if has_key and (packet.pts is None or packet.pts > pts[expected]):
-                    return None
-            if not has_key:
-                continue
-            for frame in packet.decode():
-                if frame.pts is not None and frame.pts < pts[expected]:
+        for packet in (*packets, None):  # None: the decoder gives what it has kept back
+            for frame in self._stream.decode(packet):
+                # What comes before the first one, and a second picture of the same time.
+                if frame.pts is not None and (not due or frame.pts < due[0]):
                     continue
-                if frame.pts != pts[expected]:
+                if not due or frame.pts != due.pop(0):
                     return None
-                if expected == wanted[len(found)]:
+                if frame.pts in needed:
                     found.append(self._upright_rgb(frame))
-                    if len(found) == len(wanted):
-                        return np.stack(found)
-                expected += 1
-        return None
+        return np.stack(found) if len(found) == len(needed) else None
+
+    def _needed_packets(self, needed: set[int]) -> tuple[list[Any], list[int]]:
+        """What has to be decoded for the frames of these times, from here on, and the times of all its frames.
+
+        Pictures that nobody wants and no other one is made from are left out: with x264's defaults half of them.
+        Nothing where the file does not go on with a key frame before these times, or ends before them.
+        """
+        packets: list[Any] = []
+        missing = set(needed)
+        for packet in self._container.demux(self._stream):
+            if not packet.size or not (packets or packet.is_keyframe):
+                continue
+            if not packets and (packet.pts is None or packet.pts > min(needed)):
+                return [], []
+            if not missing and packet.pts not in needed:
+                break
+            packets.append(packet)
+            missing.discard(packet.pts)
+        if missing:
+            return [], []
+        codec = self._stream.codec_context
+        if codec.name == "h264":
+            disposable, others = set(), set(needed)
+            for packet in packets:
+                is_disposable = is_h264_disposable(packet, codec.extradata)
+                (disposable if is_disposable else others).add(packet.pts)
+            # Two packets of one time are the fields of one picture, of which both are needed or none.
+            packets = [packet for packet in packets if packet.pts not in disposable - others]
+        times = {packet.pts for packet in packets if packet.pts is not None and not packet.is_discard}
+        return packets, sorted(times)
 
     def _read_by_count(self, wanted: list[int]) -> Frames:
         """Decode the whole file and count; for files whose time stamps do not tell frames apart."""
@@ -286,7 +327,7 @@ class EncodedVideo:
 
         Frames that change size in mid-stream are brought to that of the first one, as decord does.
         """
-        height, width = size or self._upright_size()
+        height, width = size or (self.height, self.width)
         if self._turns % 2:
             height, width = width, height
         rgb = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC", threads=1)
@@ -302,7 +343,6 @@ class PreparedFile(EncodedVideo):
 
     def __init__(self, video: PreparedVideo, decoder: DecoderName) -> None:
         self.path = video.path
-        self._choice = decoder
         try:
             self._content = video.read()
         except DamagedVideoError as error:
@@ -311,12 +351,12 @@ class PreparedFile(EncodedVideo):
         self.fps = video.fps
         self.num_frames = video.num_frames
         self._frame_size = (video.width, video.height)
+        self.height, self.width = video.height, video.width
         self._turns = 0
         self._pts = None
         self._decord_trap = None
         self._container: Any = None  # opened when PyAV is to read from it
-        # PyAV's newer FFmpeg reads these files in 0.6 of decord's time.
-        self.decoder = "decord" if decoder == "decord" else "pyav"
+        self.decoder = decoder if decoder == "decord" else "pyav"
 
     def close(self) -> None:
         """Close the container, if it was opened."""
@@ -325,6 +365,9 @@ class PreparedFile(EncodedVideo):
 
     def _source(self) -> BinaryIO:
         return BytesIO(self._content)
+
+    def _frames_on_the_way(self, wanted: list[int]) -> int:
+        return wanted[-1] + 1 - wanted[0]  # key frames are close to one another
 
     def _read_pyav(self, wanted: list[int]) -> Frames:
         if self._container is None:
@@ -359,6 +402,8 @@ class FrameFolder:
         if not names or (num_frames is not None and num_frames > len(names)):
             raise VideoError(path, f"holds {len(names)} images numbered {start} or more, not {num_frames}")
         self.codec = os.path.splitext(self._names[0])[1][1:].lower()
+        with self._open_image(self._names[0]) as first:
+            self.width, self.height = first.size
 
     def close(self) -> None:
         """Nothing stays open."""
@@ -366,8 +411,9 @@ class FrameFolder:
     def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Frames:
         """See :class:`VideoFile`."""
         wanted, inverse = _checked(ids, self.num_frames)
+        self.num_decoded = len(wanted)
         frames = [self._image(self._names[i]) for i in wanted]
-        sizes = {frame.shape[:2] for frame in frames}
+        sizes = {(self.height, self.width), *(frame.shape[:2] for frame in frames)}
         if len(sizes) > 1:
             raise VideoError(self.path, f"images of different sizes (height, width): {sorted(sizes)}")
         return _select(np.stack(frames), wanted, inverse)
@@ -385,11 +431,16 @@ class FrameFolder:
             yield np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
 
     def _image(self, name: str) -> Frames:
+        with self._open_image(name) as image:
+            return np.asarray(image.convert("RGB"))
+
+    @contextmanager
+    def _open_image(self, name: str) -> Iterator[Any]:
         from PIL import Image
 
         try:
             with Image.open(os.path.join(self.path, name)) as image:
-                return np.asarray(image.convert("RGB"))
+                yield image
         # SyntaxError is Pillow's word for a broken PNG, EOFError for a cut-off file.
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise VideoError(self.path, f"{name}: {error}") from error

@@ -1,7 +1,8 @@
 """Batches of clips, decoded ahead of time in worker processes, in an order that does not depend on them.
 
 A damaged video can crash the decoder, and the worker with it. Each worker says in shared memory which video it is
-decoding. So the parent knows the culprit, and starts the workers again at the next batch, without that video.
+decoding. So the parent knows the culprit, and starts the workers again at the next batch, without that video. A worker
+that is stuck is killed, and its video is treated alike.
 
 Letters: B clips, T frames, S the clip's side in pixels.
 """
@@ -25,9 +26,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from adamae_fast.config import PretrainConfig
-from adamae_fast.data.dataset import NOTHING, ClipSample, NoReadableVideoError, PretrainClips
+from adamae_fast.data.dataset import NOTHING, ClipSample, DecodeCost, NoReadableVideoError, PretrainClips
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError, TooManyBadVideosError
+from adamae_fast.data.watchdog import Decoding, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,11 @@ ORPHAN_SECONDS = 1.0
 """How often a worker looks whether its training process still lives."""
 
 
+PID, ENTRY, NUM_BEGUN, NUM_FINISHED = range(4)
+"""Columns of the table with a row for each worker, shared with all of them: its process, the video that it is decoding,
+the videos that it has begun, the batches that it has finished."""
+
+
 class Batch(NamedTuple):
     """What one forward pass sees."""
 
@@ -46,6 +53,12 @@ class Batch(NamedTuple):
 
     bad: list[BadVideo]
     """Videos that were to be in this batch and were replaced by others."""
+
+    decode: DecodeCost | None = None
+    """Of all its videos; None where the decoder does not tell."""
+
+    num_ready: int = 0
+    """Batches that stood ready when this one was asked for."""
 
 
 def clip_batches(
@@ -66,8 +79,8 @@ def clip_batches(
     ``known_crashers`` are path and reason of videos that are not opened, because they crashed a decoder before
     (``Quarantine.crashers``). A video that crashes a worker joins them: the workers start again at the batch that was
     to come next, and every batch is what it would be had the video been known from the start (but for batches
-    before it that used another, harmless range of that video). With data.num_workers=0
-    such a video ends the process; nothing can catch that.
+    before it that used another, harmless range of that video). So does a video that takes longer than data.timeout.
+    With data.num_workers=0 such a video ends the process, or keeps it for ever; nothing can catch that.
 
     Raises:
         ValueError: at once, for a decoder that is not installed.
@@ -81,10 +94,10 @@ def clip_batches(
         entries, data, config.model.num_frames, config.model.frame_size, config.seed, known_crashers=known_crashers
     )
     videos_per_batch = config.train.batch_size // data.repeat
-    workers_table = torch.empty(data.num_workers, 2, dtype=torch.int64).share_memory_()
+    workers_table = torch.empty(data.num_workers, 4, dtype=torch.int64).share_memory_()
 
     def load_from(first: int) -> DataLoader[Batch | NoReadableVideoError]:
-        workers_table.fill_(NOTHING)
+        workers_table.copy_(torch.tensor([0, NOTHING, 0, 0]))
         positions = (range(i * videos_per_batch, (i + 1) * videos_per_batch) for i in range(first, num_batches))
         return DataLoader(
             _Batches(clips),  # type: ignore[arg-type]
@@ -108,6 +121,7 @@ class _Batches:
 
     def __init__(self, clips: PretrainClips) -> None:
         self.clips = clips
+        self.num_finished = torch.tensor(0)
 
     def __getitem__(self, positions: range) -> Batch | NoReadableVideoError:
         samples: list[ClipSample] = []
@@ -118,7 +132,10 @@ class _Batches:
                 error.bad = (*_all_bad(samples), *error.bad)
                 return error
         # default_collate stacks into shared memory when it runs in a worker.
-        return Batch(default_collate([sample.video for sample in samples]).flatten(0, 1), _all_bad(samples))
+        video = default_collate([sample.video for sample in samples]).flatten(0, 1)
+        costs = [sample.decode for sample in samples]
+        self.num_finished += 1
+        return Batch(video, _all_bad(samples), DecodeCost(sum(c.seconds for c in costs), sum(c.frames for c in costs)))
 
 
 def _all_bad(samples: Sequence[ClipSample]) -> list[BadVideo]:
@@ -130,11 +147,12 @@ def _unchanged(batch: Any) -> Any:
 
 
 class _WorkersDiedError(Exception):
-    """The loader lost workers; ``exit_codes`` by process id."""
+    """The loader lost workers; ``exit_codes`` by process id, and what those that were ``stuck`` were decoding."""
 
-    def __init__(self, exit_codes: Mapping[int, int]) -> None:
-        super().__init__(exit_codes)
+    def __init__(self, exit_codes: Mapping[int, int], stuck: Mapping[int, int]) -> None:
+        super().__init__(exit_codes, stuck)
         self.exit_codes = exit_codes
+        self.stuck = stuck
 
 
 def _without_crashers(
@@ -143,29 +161,32 @@ def _without_crashers(
     next_batch: int,
     workers_table: Tensor,
 ) -> Generator[Batch, None, None]:
-    """Yield batches; when workers crashed on videos, go on without these, with new workers.
+    """Yield batches; when videos crashed workers or kept them too long, go on without these, with new workers.
 
-    Each restart knows one more crasher, so that data.max_bad_share bounds their number.
+    Each restart knows one more such video, so that data.max_bad_share bounds their number.
     """
     found: list[BadVideo] = []
+    timeout = clips.config.timeout
     while True:
+        first, num_ready = next_batch, 0
         try:
-            with closing(_until_death(load_from(next_batch))) as batches:
+            with closing(_until_death(load_from(first), workers_table, timeout)) as batches:
                 for batch in batches:
                     if isinstance(batch, NoReadableVideoError):
                         batch.bad = (*found, *batch.bad)
                         raise batch
                     next_batch += 1
-                    yield batch
+                    yield batch._replace(num_ready=num_ready)
+                    num_ready = max(0, int(workers_table[:, NUM_FINISHED].sum()) - (next_batch - first))
             return
         except _WorkersDiedError as death:
-            crashed = _crashed_videos(death.exit_codes, workers_table, clips.entries)
+            crashed = _crashed_videos(death, workers_table, clips.entries, timeout)
             found += crashed
             if len(crashed) < len(death.exit_codes):
-                causes = ", ".join(map(_cause_of_death, death.exit_codes.values()))
                 error = DataStoppedError(
-                    f"a data worker died ({causes}). The memory probably ran out (of the machine, or of /dev/shm): "
-                    "lower data.num_workers or train.batch_size"
+                    f"a data worker died ({_causes_of_death(death.exit_codes, workers_table, clips.entries)}). The "
+                    "memory probably ran out (of the machine, or of /dev/shm): lower data.num_workers or "
+                    "train.batch_size"
                 )
                 error.bad = found
                 raise error from death
@@ -175,37 +196,64 @@ def _without_crashers(
             clips.crashers[video.path] = video.reason
         if len(clips.crashers) > clips.config.max_bad_share * len(clips.entries):
             too_many = TooManyBadVideosError(
-                f"{len(clips.crashers)} of {len(clips.entries)} videos crashed the decoder, more than "
-                f"data.max_bad_share={clips.config.max_bad_share:g} allows; the last one is {crashed[-1].path}. Take "
-                "them out of the manifest, try another data.decoder, or raise data.max_bad_share"
+                f"{len(clips.crashers)} of {len(clips.entries)} videos crashed the decoder or took longer than "
+                f"data.timeout, more than data.max_bad_share={clips.config.max_bad_share:g} allows; the last one is "
+                f"{crashed[-1].path}. Take them out of the manifest, try another data.decoder, or raise "
+                "data.max_bad_share"
             )
             too_many.bad = found
             raise too_many
 
 
-def _crashed_videos(exit_codes: Mapping[int, int], workers_table: Tensor, entries: Sequence[Entry]) -> list[BadVideo]:
-    """What the workers that a decoder's fault ended were decoding; nothing for other deaths."""
-    decoding = dict(workers_table.tolist())
-    return [
-        BadVideo(entries[index].path, f"crashed the decoder ({_cause_of_death(exit_code)})", crashed=True)
+def _crashed_videos(
+    death: _WorkersDiedError, workers_table: Tensor, entries: Sequence[Entry], timeout: float
+) -> list[BadVideo]:
+    """What the workers that a decoder's fault or the watchdog ended were decoding; nothing for other deaths."""
+    decoding = {state.pid: state.entry for state in _decoding(workers_table)}
+    videos = []
+    for pid, exit_code in death.exit_codes.items():
+        if pid in death.stuck:
+            videos.append(BadVideo(entries[death.stuck[pid]].path, f"took longer than {timeout:g} s", crashed=True))
+        elif -exit_code in CRASH_SIGNALS and pid in decoding:
+            reason = f"crashed the decoder ({_signal_or_status(exit_code)})"
+            videos.append(BadVideo(entries[decoding[pid]].path, reason, crashed=True))
+    return videos
+
+
+def _decoding(workers_table: Tensor) -> list[Decoding]:
+    """What each worker that is decoding is at."""
+    rows = workers_table[:, : NUM_BEGUN + 1].tolist()
+    return [Decoding(*row) for row in rows if row[ENTRY] != NOTHING]
+
+
+def _causes_of_death(exit_codes: Mapping[int, int], workers_table: Tensor, entries: Sequence[Entry]) -> str:
+    """Which workers ended, by what, and what they were decoding."""
+    decoding = {state.pid: entries[state.entry].path for state in _decoding(workers_table)}
+    number = {pid: worker for worker, pid in enumerate(workers_table[:, PID].tolist())}
+    return "; ".join(
+        f"{_signal_or_status(exit_code)}: worker {number.get(pid, '?')}, process {pid}, "
+        + (f"while it decoded {decoding[pid]}" if pid in decoding else "not while it decoded")
         for pid, exit_code in exit_codes.items()
-        if -exit_code in CRASH_SIGNALS and (index := decoding.get(pid, NOTHING)) != NOTHING
-    ]
+    )
 
 
 def _until_death(
-    loader: DataLoader[Batch | NoReadableVideoError],
+    loader: DataLoader[Batch | NoReadableVideoError], workers_table: Tensor, timeout: float
 ) -> Generator[Batch | NoReadableVideoError, None, None]:
     """What the loader yields. Raises _WorkersDiedError when workers died."""
     iterator, workers = _start(loader)
-    try:
-        yield from iterator
-    # PyTorch's word for a lost worker, and what breaks when one dies while its batch is being handed over.
-    except (RuntimeError, OSError, EOFError) as error:
-        exit_codes = _exit_codes(workers)
-        if not exit_codes:
-            raise
-        raise _WorkersDiedError(exit_codes) from error
+    with Watchdog(workers, partial(_decoding, workers_table), timeout) as watchdog:
+        try:
+            yield from iterator
+        # PyTorch's word for a lost worker, and what breaks when one dies while its batch is being handed over.
+        except (RuntimeError, OSError, EOFError) as error:
+            exit_codes = _exit_codes(workers)
+            if not exit_codes:
+                raise
+            # What the others have is done again; and one of them may be stuck, too, where only SIGKILL ends it.
+            for worker in workers:
+                worker.kill()
+            raise _WorkersDiedError(exit_codes, watchdog.killed) from error
 
 
 def _start(
@@ -241,14 +289,16 @@ def _exit_codes(workers: Sequence[BaseProcess]) -> dict[int, int]:
     return codes
 
 
-def _cause_of_death(exit_code: int) -> str:
+def _signal_or_status(exit_code: int) -> str:
     return signal.Signals(-exit_code).name if exit_code < 0 else f"exit status {exit_code}"
 
 
 def _init_worker(workers_table: Tensor, worker_id: int) -> None:
     _guard_worker()
-    workers_table[worker_id, 0] = os.getpid()
-    cast(Any, get_worker_info()).dataset.clips.decoding = workers_table[worker_id, 1]
+    workers_table[worker_id, PID] = os.getpid()
+    batches = cast(Any, get_worker_info()).dataset
+    batches.clips.decoding = workers_table[worker_id, ENTRY : NUM_BEGUN + 1]
+    batches.num_finished = workers_table[worker_id, NUM_FINISHED]
 
 
 def _guard_worker() -> None:

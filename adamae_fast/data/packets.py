@@ -6,13 +6,22 @@ Times are in the stream's own unit.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, TypeAlias
+
+Buffer: TypeAlias = bytes | memoryview
 
 DECORD_CONTAINERS = frozenset(("mp4", "matroska"))
 """FFmpeg's names of containers in which decord finds frames exactly; it was seen to miss in AVI, FLV and MPEG-TS."""
 
-_H264_SLICE = re.compile(rb"\x00\x00\x01[\x01\x21\x41\x61\x05\x25\x45\x65]")
-"""Start code and header of a slice, for H.264 that is not stored with lengths."""
+_START_CODE = re.compile(rb"\x00\x00\x01")
+"""In front of each unit of H.264 that is not stored with lengths."""
+
+_PLAIN_SLICE, _RESTARTING_SLICE = 1, 5
+"""Types of H.264 units that hold a part of a picture, of any one and of one that begins a group."""
+
+_WITHOUT_EFFECT = (_PLAIN_SLICE, 6, 9, 12)
+"""Slices, remarks, delimiters and filling: no later picture decodes otherwise for want of the last three."""
 
 
 class Packet(NamedTuple):
@@ -25,10 +34,15 @@ class Packet(NamedTuple):
     """The container calls it a key frame."""
 
     restarts: bool
-    """A key frame that needs nothing from before, so that decoding can begin here."""
+    """A key frame that needs nothing from before, so that decoding can begin here. In H.264 it begins with an I slice:
+    with periodic intra refresh it does not, and the picture is complete only some frames later."""
 
     is_discard: bool
     """An edit list hides it."""
+
+    is_misplaced: bool = False
+    """It has a time before that of one that precedes it in the file, which only B pictures can have: times are wrong.
+    Known of H.264 only."""
 
 
 def presentation_times(packets: list[Packet], first_pts: int | None) -> tuple[list[int] | None, list[int]]:
@@ -36,8 +50,10 @@ def presentation_times(packets: list[Packet], first_pts: int | None) -> tuple[li
 
     Several packets of one time are one picture (hidden frames of VP8). What comes before the first key frame and before
     ``first_pts``, the time of the first frame that decodes, does not count, nor does what an edit list discards. The
-    times of the frames are None where a packet has no time.
+    times of the frames are None where a packet has no time, or where the times are wrong.
     """
+    if any(packet.is_misplaced for packet in packets):
+        return None, []
     first_key = next((place for place, packet in enumerate(packets) if packet.is_key), 0)
     usable = packets[first_key:]
     pts = [packet.pts for packet in usable if packet.pts is not None]
@@ -72,28 +88,49 @@ def find_decord_trap(packets: list[Packet], pts: list[int] | None, container: st
     return None
 
 
-def restarts_h264(packet: bytes, extradata: bytes | None) -> bool:
-    """Whether a packet that is marked as a key frame begins with an I slice.
+P_SLICE, B_SLICE, I_SLICE = range(3)
+"""H.264's kinds of slices that matter here."""
 
-    With periodic intra refresh it does not: the picture is complete only some frames later. ``extradata`` begins with
-    1 where the parts of a packet have their length in front (mp4, Matroska); elsewhere they have start codes.
+
+def h264_slice_kind(packet: Buffer, extradata: bytes | None) -> int | None:
+    """The kind of a packet's first slice, 0 to 4; None where it holds none that can be read."""
+    for unit in _h264_units(packet, extradata):
+        if unit[0] & 31 in (_PLAIN_SLICE, _RESTARTING_SLICE):
+            return _slice_kind(bytes(unit[:9]))
+    return None
+
+
+def is_h264_disposable(packet: Buffer, extradata: bytes | None) -> bool:
+    """Whether no later packet needs this one: its slices have ``nal_ref_idc`` 0 (H.264, 7.4.1), and it sets nothing."""
+    headers = [unit[0] for unit in _h264_units(packet, extradata)]
+    references = [header & 96 for header in headers if header & 31 == _PLAIN_SLICE]
+    return bool(references) and not any(references) and all(header & 31 in _WITHOUT_EFFECT for header in headers)
+
+
+def _h264_units(packet: Buffer, extradata: bytes | None) -> Iterator[memoryview]:
+    """The units of a packet that are not empty, from their header of one byte on.
+
+    ``extradata`` begins with 1 where they have their length in front (mp4, Matroska); elsewhere they have start codes.
     """
+    view = memoryview(packet)
     if extradata and extradata[0] == 1 and len(extradata) > 4:
         prefix = (extradata[4] & 3) + 1
         place = 0
-        while place + prefix < len(packet):
-            if packet[place + prefix] & 31 in (1, 5):
-                return _is_intra_slice(packet[place + prefix :])
-            place += prefix + int.from_bytes(packet[place : place + prefix])
-        return False
-    match = _H264_SLICE.search(packet)
-    return match is not None and _is_intra_slice(packet[match.end() - 1 :])
+        while place + prefix < len(view):
+            end = place + prefix + int.from_bytes(view[place : place + prefix])
+            if end > place + prefix:
+                yield view[place + prefix : end]
+            place = end
+    else:
+        for match in _START_CODE.finditer(view):
+            if match.end() < len(view):
+                yield view[match.end() :]
 
 
-def _is_intra_slice(slice_: bytes) -> bool:
-    """Read the type of the slice: the second of two Exp-Golomb numbers behind a header of one byte."""
+def _slice_kind(slice_: bytes) -> int | None:
+    """Read the kind of the slice: the second of two Exp-Golomb numbers behind a header of one byte."""
     bits = f"{int.from_bytes(slice_[1:9].ljust(8, bytes(1))):064b}"
     for _ in range(2):
         zeros = len(bits) - len(bits.lstrip("0"))
         number, bits = bits[zeros : 2 * zeros + 1], bits[2 * zeros + 1 :]
-    return bool(number) and (int(number, 2) - 1) % 5 == 2
+    return (int(number, 2) - 1) % 5 if number else None

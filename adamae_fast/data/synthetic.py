@@ -118,7 +118,7 @@ def synthesize(
             path = draft / "videos" / f"{index:04d}_{MOTIONS[label]}.{extension}"
             rng = np.random.default_rng([seed, 1, index])
             frames_THWC, boxes_TO4 = render(MOTIONS[label], rng, num_frames=num_frames, width=width, height=height)
-            _encode(path, frames_THWC, codec, options)
+            encode(path, frames_THWC, codec, options)
             truth = {"width": width, "height": height, "num_frames": num_frames, "label": label}
             _boxes_path(path).write_text(json.dumps({**truth, "boxes": boxes_TO4.tolist()}))
             lines.append(f"videos/{path.name} {label}\n")
@@ -376,16 +376,28 @@ def _bilinear(texture_SSA: Floats, u: NDArray[np.floating], v: NDArray[np.floati
     return above + down * (below - above)
 
 
-def _encode(path: Path, frames_THWC: NDArray[np.uint8], codec: str, options: dict[str, str]) -> None:
-    """Write one video, with one thread and no date or random identifier: the same frames give the same bytes."""
+def encode(
+    path: Path,
+    frames_THWC: NDArray[np.uint8],
+    codec: str,
+    options: dict[str, str],
+    *,
+    rate: int = FRAME_RATE,
+    gop_size: int = FRAME_RATE,
+) -> None:
+    """Write one video, with one thread and no date or random identifier: the same frames give the same bytes.
+
+    ``codec`` and ``options`` are FFmpeg's; ``rate`` is in frames per second, ``gop_size`` the most frames from one key
+    frame to the next.
+    """
     import av
 
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream(codec, rate=FRAME_RATE, options={**options, "threads": "1"})
+        stream = container.add_stream(codec, rate=rate, options={**options, "threads": "1"})
         assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = frames_THWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.gop_size = FRAME_RATE
+        stream.gop_size = gop_size
         for frame_HWC in frames_THWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
         container.mux(stream.encode(None))

@@ -37,6 +37,18 @@ from adamae_fast.ops.sample_visible import TokenSplit, check_seeds, split_tokens
 from adamae_fast.ops.sampling_loss import sampling_loss
 from adamae_fast.run_folder import find_weights
 
+_BUILDS = ("model", "mask", "loss")
+"""Groups of a recipe that decide which model there is."""
+
+_AFTERWARDS = {
+    "train.recompute": "call set_recompute() of the model",
+    "train.compile": "call adamae_fast.train.compile.compile_blocks(model)",
+    "train.precision": "call the model within torch.autocast",
+    "train.device": "call to() of the model",
+    "model.layer_norm": "call adamae_fast.train.apex.use_apex_layer_norm(model)",
+}
+"""How to get, with a model that is built, what these keys do in pre-training."""
+
 _DECODED = 0x243F6A8885A308D3
 """Changes a clip's seed where the tokens to be decoded are drawn, so that they do not depend on the mask's noise."""
 
@@ -122,9 +134,21 @@ class AdaMAE(nn.Module):
     def from_config(cls, path: str | Path, **overrides: object) -> Self:
         """Build the model that a recipe describes, with fresh weights: ``from_config(path, **{"mask.ratio": 0.9})``.
 
-        Only ``model.``, ``mask.`` and ``loss.`` decide it; other keys, and ``model.layer_norm``, act in pre-training.
+        Only ``model.``, ``mask.`` and ``loss.`` decide it. What else a recipe says acts in pre-training and is passed
+        over, so that every recipe builds a plain model on the CPU; on the model itself it is to be had by
+
+        * ``train.recompute``: :meth:`set_recompute`;
+        * ``train.compile``: ``adamae_fast.train.compile.compile_blocks(model)``;
+        * ``train.precision``: ``torch.autocast`` around the call; ``train.device``: ``model.to(device)``;
+        * ``model.layer_norm=apex``: ``adamae_fast.train.apex.use_apex_layer_norm(model)``.
+
+        Raises ValueError for a recipe that cannot be read, and for an override that would have no effect here.
         """
         config = load_config(path, overrides)
+        for key, value in overrides.items():
+            if key.partition(".")[0] not in _BUILDS or key == "model.layer_norm":
+                remedy = _AFTERWARDS.get(key, "leave it out")
+                raise ValueError(f"{key}={value!r} acts in pre-training and has no effect on from_config: {remedy}")
         return cls(config.model, config.mask, config.loss)
 
     @classmethod

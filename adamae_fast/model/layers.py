@@ -14,9 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from adamae_fast.ops.registry import autocast_dtype, without_autocast
 
-_LAYER_NORM_GRADIENTS = (True, True, True)
-"""Of input, weight and bias."""
-
 
 def _affine(norm: nn.LayerNorm, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Weight and bias for an input of ``dtype``.
@@ -46,6 +43,10 @@ class Dropout(nn.Dropout):
         return torch.native_dropout(x, self.p, True)[0] if self.training and self.p > 0 else x
 
 
+_NO_GRADIENTS: tuple[Tensor | None, ...] = (None, None, None)
+"""Of a LayerNorm's input, weight and bias, where none of them needs one."""
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
@@ -58,24 +59,27 @@ class _NormLinear(torch.autograd.Function):
         with without_autocast(x.device):
             normed, mean, rstd = torch.native_layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
             ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, weight)
-            ctx.eps, ctx.has_bias = eps, bias is not None
+            ctx.eps = eps
             return F.linear(normed, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, norm_weight, norm_bias, weight = ctx.saved_tensors
-        shape = norm_weight.shape
+        *needs_norm, _, needs_weight, needs_bias = ctx.needs_input_grad
+        grads_norm, grad_weight = _NO_GRADIENTS, None
         with without_autocast(x.device):
             grad_rows = _rows(grad)
-            normed = torch.native_layer_norm(x, shape, norm_weight, norm_bias, ctx.eps)[0]
-            grad_weight = grad_rows.T @ _rows(normed)
-            del normed
-            grad_bias = grad_rows.sum(0) if ctx.has_bias else None
-            grad_normed = (grad_rows @ weight).view(x.shape)
-            grads_norm = torch.ops.aten.native_layer_norm_backward(
-                grad_normed, x, shape, mean, rstd, norm_weight, norm_bias, _LAYER_NORM_GRADIENTS
-            )
+            if needs_weight:
+                normed = torch.native_layer_norm(x, norm_weight.shape, norm_weight, norm_bias, ctx.eps)[0]
+                grad_weight = grad_rows.T @ _rows(normed)
+                del normed
+            grad_bias = grad_rows.sum(0) if needs_bias else None
+            if any(needs_norm):
+                grad_normed = (grad_rows @ weight).view(x.shape)
+                grads_norm = torch.ops.aten.native_layer_norm_backward(
+                    grad_normed, x, norm_weight.shape, mean, rstd, norm_weight, norm_bias, needs_norm
+                )
         return *grads_norm, None, grad_weight, grad_bias
 
 
@@ -106,26 +110,33 @@ class _NormMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, norm_weight, norm_bias, weight1, bias1, weight2, hidden = ctx.saved_tensors
-        shape = norm_weight.shape
+        *needs_norm, _, needs_weight1, needs_bias1, needs_weight2, needs_bias2, _ = ctx.needs_input_grad
+        needs_hidden = any(needs_norm) or needs_weight1 or needs_bias1
+        grads_norm, grad_weight1, grad_bias1, grad_weight2, normed = _NO_GRADIENTS, None, None, None, None
         with without_autocast(x.device):
             grad_rows = _rows(grad)
-            normed = torch.native_layer_norm(x, shape, norm_weight, norm_bias, ctx.eps)[0]
-            if hidden is None:
-                hidden = F.linear(normed, weight1, bias1)
-            grad_weight2 = grad_rows.T @ _rows(F.gelu(hidden))
-            grad_bias2 = grad_rows.sum(0)
-            grad_hidden = (grad_rows @ weight2).view(hidden.shape)
-            # In place: these are the largest tensors of a step's backward.
-            torch.ops.aten.gelu_backward.grad_input(grad_hidden, hidden, grad_input=grad_hidden)
-            del hidden
-            grad_hidden_rows = _rows(grad_hidden)
-            grad_weight1 = grad_hidden_rows.T @ _rows(normed)
-            del normed
-            grad_bias1 = grad_hidden_rows.sum(0)
-            grad_normed = (grad_hidden_rows @ weight1).view(x.shape)
-            grads_norm = torch.ops.aten.native_layer_norm_backward(
-                grad_normed, x, shape, mean, rstd, norm_weight, norm_bias, _LAYER_NORM_GRADIENTS
-            )
+            grad_bias2 = grad_rows.sum(0) if needs_bias2 else None
+            if needs_weight1 or (hidden is None and (needs_hidden or needs_weight2)):
+                normed = torch.native_layer_norm(x, norm_weight.shape, norm_weight, norm_bias, ctx.eps)[0]
+                if hidden is None:
+                    hidden = F.linear(normed, weight1, bias1)
+            if needs_weight2:
+                grad_weight2 = grad_rows.T @ _rows(F.gelu(hidden))
+            if needs_hidden:
+                grad_hidden = (grad_rows @ weight2).view(hidden.shape)
+                # In place: these are the largest tensors of a step's backward.
+                torch.ops.aten.gelu_backward.grad_input(grad_hidden, hidden, grad_input=grad_hidden)
+                del hidden
+                grad_hidden_rows = _rows(grad_hidden)
+                if needs_weight1 and normed is not None:
+                    grad_weight1 = grad_hidden_rows.T @ _rows(normed)
+                del normed
+                grad_bias1 = grad_hidden_rows.sum(0) if needs_bias1 else None
+                if any(needs_norm):
+                    grad_normed = (grad_hidden_rows @ weight1).view(x.shape)
+                    grads_norm = torch.ops.aten.native_layer_norm_backward(
+                        grad_normed, x, norm_weight.shape, mean, rstd, norm_weight, norm_bias, needs_norm
+                    )
         return *grads_norm, None, grad_weight1, grad_bias1, grad_weight2, grad_bias2, None
 
 
@@ -134,7 +145,8 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | No
 
     Kept for each token: D elements, where the two layers on their own keep 2 D, and two statistics. Products run in
     the dtype of ``x``, or in autocast's where autocast is on; gradients arrive in the inputs' own dtypes.
-    Differentiable once; the same operations as the two layers, so the same values bit by bit on the CPU.
+    Only gradients that are needed are computed. Differentiable once; the same operations as the two layers, so the
+    same values bit by bit on the CPU.
     """
     dtype = autocast_dtype(x)
     norm_weight, norm_bias = _affine(norm, dtype, x.device)

@@ -30,6 +30,7 @@ from adamae_fast.ops.registry import (
     choose,
     describe,
     like,
+    names_wrong_types,
     register,
     register_autograd,
 )
@@ -105,6 +106,7 @@ class _AssembleDecoder(torch.autograd.Function):
 register_autograd(_assemble_decoder, _AssembleDecoder)
 
 
+@names_wrong_types
 def assemble_decoder(
     visible_BKE: Tensor,
     mask_token_E: Tensor,

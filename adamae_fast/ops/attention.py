@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adamae_fast.ops.attention_backends import BACKENDS, AttentionProblem, mismatches, problem_of
-from adamae_fast.ops.registry import describe
+from adamae_fast.ops.registry import describe, names_wrong_types
 
 _logger = logging.getLogger("adamae_fast")
 
@@ -45,11 +45,10 @@ class Preference:
 
 
 PREFERENCES = (
-    # Sampler (1568, 96) and decoder (1568, 64). No row for a GPU is measured here yet. Known from elsewhere: on Hopper
-    # cuDNN trains long sequences 1.7 to 2.3 times as fast as PyTorch's FlashAttention-2, loses at 128 tokens, and is
-    # slower than it on Ampere. So 512 is a guess between 128 and 1568; Blackwell is taken for another Hopper, Ada for
-    # another Ampere. flash_attn_2 stands before sdpa_flash as the newer build of one kernel, and xformers behind the
-    # kernels that it would itself choose from.
+    # Sampler (1568, 96) and decoder (1568, 64). No row for a GPU is measured yet; the order is a guess: that cuDNN is
+    # fastest for long sequences on Hopper and PyTorch's flash for short ones, with 512 somewhere between 78 and 1568;
+    # that Blackwell is another Hopper and Ada another Ampere. flash_attn_2 stands before sdpa_flash as the newer build
+    # of one kernel, and xformers behind the kernels that it would itself choose from.
     Preference(
         generations=("hopper",),
         tokens_from=512,
@@ -132,6 +131,7 @@ def _choose(
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+@names_wrong_types
 def attention(q_BNHd: Tensor, k_BNHd: Tensor, v_BNHd: Tensor, *, backend: str = "auto") -> Tensor:
     """Return softmax(q · kᵀ / sqrt(d)) · v for each head, (B, N, H, d) in the inputs' dtype; no mask, no dropout.
 
@@ -155,5 +155,7 @@ def attention(q_BNHd: Tensor, k_BNHd: Tensor, v_BNHd: Tensor, *, backend: str = 
         p = problem_of(q_BNHd, k_BNHd, v_BNHd)
         name, refusals = _choose(p.device, p.dtype, p.num_tokens, p.head_dim, p.needs_grad, backend)
     if name is None:
-        raise ValueError(f"no attention back end takes q of {describe(q_BNHd)}. {refusals}")
+        forced = backend != "auto" and not reasons
+        remedy = "choose auto" if forced else "pass floating-point tensors of one dtype on one device"
+        raise ValueError(f"no attention back end takes q of {describe(q_BNHd)}. {refusals}; {remedy}")
     return BACKENDS[name].run(q_BNHd, k_BNHd, v_BNHd)

@@ -22,11 +22,13 @@ from adamae_fast.ops.registry import (
     accumulate_dtype,
     check_ascending_ids,
     check_floating,
+    check_id_range,
     check_ids,
     check_same_device,
     choose,
     describe,
     like,
+    names_wrong_types,
     register,
     register_autograd,
 )
@@ -44,9 +46,12 @@ def _reference(tokens_BND: Tensor, ids_BK: Tensor, slots_BN: Tensor, positions_N
 
 def _backward_reference(grad_BKD: Tensor, slots_BN: Tensor) -> Tensor:
     _, num_visible, width = grad_BKD.shape
-    # Masked tokens read the last visible row, which the where then replaces by zero.
-    rows_BND = grad_BKD.gather(1, slots_BN.clamp(max=num_visible - 1).unsqueeze(2).expand(-1, -1, width))
-    return torch.where((slots_BN < num_visible).unsqueeze(2), rows_BND, 0).contiguous()
+    check_id_range("slots", slots_BN, slots_BN.shape[1])
+    # Masked tokens read the last visible row, which the where then replaces by zero. A negative slot on a device, where
+    # no value is looked at, reads the first one and comes to zero, too, as in the kernel.
+    rows_BND = grad_BKD.gather(1, slots_BN.clamp(0, num_visible - 1).unsqueeze(2).expand(-1, -1, width))
+    is_visible_BN = (slots_BN >= 0) & (slots_BN < num_visible)
+    return torch.where(is_visible_BN.unsqueeze(2), rows_BND, 0).contiguous()
 
 
 def _fake(tokens_BND: Tensor, ids_BK: Tensor, slots_BN: Tensor, positions_ND: Tensor) -> Tensor:
@@ -82,6 +87,7 @@ class _GatherTokens(torch.autograd.Function):
 register_autograd(_gather_tokens, _GatherTokens)
 
 
+@names_wrong_types
 def gather_tokens(
     tokens_BND: Tensor, ids_BK: Tensor, slots_BN: Tensor, positions_ND: Tensor, *, impl: Impl = "auto"
 ) -> Tensor:
@@ -92,7 +98,8 @@ def gather_tokens(
     once. Deterministic. Gradient to the tokens only, differentiable once.
 
     Raises ValueError if shapes, dtypes or devices disagree, the table requires a gradient, ``impl`` cannot run here,
-    or, for ids on the CPU, one is out of range or does not ascend.
+    or, for ids on the CPU, one is out of range or does not ascend. Slots are read in the backward, which raises it for
+    one that is not 0 … N - 1 on the CPU and takes it for a masked token's on other devices; it reads no other memory.
     """
     check_floating("tokens", tokens_BND, (None, None, None), "BND")
     batch_size, num_tokens, width = tokens_BND.shape

@@ -35,6 +35,7 @@ from adamae_fast.ops.registry import (
     check_same_device,
     choose,
     describe,
+    names_wrong_types,
     register,
     register_autograd,
     without_autocast,
@@ -211,6 +212,7 @@ class _HeadPatchLoss(torch.autograd.Function):
 register_autograd(_head_patch_loss, _HeadPatchLoss)
 
 
+@names_wrong_types
 def head_patch_loss(
     hidden_BME: Tensor,
     weight_PE: Tensor,

@@ -31,6 +31,7 @@ from adamae_fast.ops.registry import (
     check_same_device,
     choose,
     like,
+    names_wrong_types,
     register,
     register_autograd,
 )
@@ -196,6 +197,7 @@ class _MaskedPatchLoss(torch.autograd.Function):
 register_autograd(_masked_patch_loss, _MaskedPatchLoss)
 
 
+@names_wrong_types
 def patch_targets(
     video_BCTHW: Tensor,
     masked_ids_BM: Tensor,
@@ -215,6 +217,7 @@ def patch_targets(
     return result
 
 
+@names_wrong_types
 def masked_patch_loss(
     prediction_BMP: Tensor,
     video_BCTHW: Tensor,

@@ -32,6 +32,7 @@ from adamae_fast.ops.registry import (
     choose,
     describe,
     like,
+    names_wrong_types,
     register,
     register_autograd,
     without_autocast,
@@ -102,6 +103,7 @@ def _patchify_fake(
 _patchify = register(_PATCHIFY_SCHEMA, reference=_patchify_reference, fake=_patchify_fake)
 
 
+@names_wrong_types
 def patchify(
     video_BCTHW: Tensor,
     *,
@@ -219,6 +221,7 @@ class _EmbedTubelets(torch.autograd.Function):
 register_autograd(_embed_tubelets, _EmbedTubelets)
 
 
+@names_wrong_types
 def embed_tubelets(video_BCTHW: Tensor, weight_DCthw: Tensor, bias_D: Tensor, *, impl: Impl = "auto") -> Tensor:
     """Return the tokens (B, N, D) of a uint8 clip: ``linear(patchify(video), weight.flatten(1), bias)``.
 

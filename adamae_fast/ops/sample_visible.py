@@ -29,6 +29,7 @@ from adamae_fast.ops.registry import (
     check_ids,
     choose,
     describe,
+    names_wrong_types,
     register,
 )
 
@@ -156,6 +157,7 @@ _sample_visible = register(_SAMPLE_SCHEMA, reference=_sample_reference, fake=_sa
 _split_tokens = register(_SPLIT_SCHEMA, reference=_split_reference, fake=_split_fake)
 
 
+@names_wrong_types
 def sample_visible(logits_BN: Tensor, seeds_B: Tensor, num_visible: int, *, impl: Impl = "auto") -> TokenSplit:
     """Draw ``num_visible`` distinct tokens of each clip with p = softmax(logits), and describe the logits.
 
@@ -178,6 +180,7 @@ def sample_visible(logits_BN: Tensor, seeds_B: Tensor, num_visible: int, *, impl
     return split
 
 
+@names_wrong_types
 def split_tokens(visible_ids_BK: Tensor, num_tokens: int, *, impl: Impl = "auto") -> TokenSplit:
     """Return the split in which exactly ``visible_ids_BK`` (int64, any order) are visible among ``num_tokens``.
 

@@ -30,6 +30,7 @@ from adamae_fast.ops.registry import (
     check_same_device,
     choose,
     describe,
+    names_wrong_types,
     register,
     register_autograd,
 )
@@ -85,6 +86,7 @@ class _SamplingLoss(torch.autograd.Function):
 register_autograd(_sampling_loss, _SamplingLoss)
 
 
+@names_wrong_types
 def sampling_loss(logits_BN: Tensor, masked_ids_BM: Tensor, error_BM: Tensor, *, impl: Impl = "auto") -> Tensor:
     """Return the sampling loss of each clip, (B,) in fp32 (fp64 for fp64 logits); its mean over B is the paper's L_S.
 
@@ -101,5 +103,6 @@ def sampling_loss(logits_BN: Tensor, masked_ids_BM: Tensor, error_BM: Tensor, *,
         raise ValueError(f"masked_ids has {describe(masked_ids_BM)}; the loss is a mean over at least one masked token")
     check_floating("error", error_BM, tuple(masked_ids_BM.shape), "BM")
     check_same_device("error", error_BM, logits_BN.device)
-    loss_B: Tensor = choose(_sampling_loss, impl, logits_BN.device)(logits_BN, masked_ids_BM, error_BM.detach())[0]
+    error_BM = error_BM.detach() if error_BM.requires_grad else error_BM
+    loss_B: Tensor = choose(_sampling_loss, impl, logits_BN.device)(logits_BN, masked_ids_BM, error_BM)[0]
     return loss_B

@@ -24,6 +24,10 @@ class Headline(TypedDict):
     """Mean over all logged lines."""
     data_wait_share: float | None
     """Mean over all logged lines."""
+    decode_seconds: float | None
+    """A worker's time for a clip, mean over all logged lines."""
+    batches_ready: float | None
+    """Mean over all logged lines."""
 
 
 def headline(metrics: Sequence[Mapping[str, Any]]) -> Headline:
@@ -39,6 +43,8 @@ def headline(metrics: Sequence[Mapping[str, Any]]) -> Headline:
         "loss_fall": 1 - last / first if first and last is not None else None,
         "clips_per_second": _mean(metrics, "clips_per_second"),
         "data_wait_share": _mean(metrics, "data_wait_share"),
+        "decode_seconds": _mean(metrics, "decode_seconds"),
+        "batches_ready": _mean(metrics, "batches_ready"),
     }
 
 

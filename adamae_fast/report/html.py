@@ -22,6 +22,9 @@ CHARTS = (
     ("probability_max", "Largest probability", "b"),
     ("lr", "Learning rate", "c"),
     ("grad_norm", "Gradient norm", "c"),
+    ("data_wait_share", "Share of time waiting for data", "b"),
+    ("decode_seconds", "Seconds of decoding a clip", "b"),
+    ("batches_ready", "Batches ready when one is asked for", "b"),
 )
 MAX_QUARANTINE_ROWS = 200
 
@@ -144,7 +147,12 @@ def _cards(metrics: Sequence[dict[str, Any]], num_quarantined: int, adaptivity: 
     if run["clips_per_second"] is not None:
         cards.append(Card("Speed", compact_number(run["clips_per_second"]), "mean over the run", "clips/s"))
     if run["data_wait_share"] is not None:
-        cards.append(Card("Waiting for data", f"{run['data_wait_share'] * 100:.0f} %", "of the time, on average"))
+        note = "of the time, on average"
+        if run["decode_seconds"] is not None:
+            note += f"; decoding {run['decode_seconds'] * 1000:.0f} ms a clip"
+        if run["batches_ready"] is not None:
+            note += f", {run['batches_ready']:.1f} batches ready"
+        cards.append(Card("Waiting for data", f"{run['data_wait_share'] * 100:.0f} %", note))
     _, memory = series(metrics, "memory_bytes")
     if memory:
         cards.append(Card("Peak memory", f"{max(memory) / 2**30:.1f}", "GPU, or this process on a CPU", "GiB"))

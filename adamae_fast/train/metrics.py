@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
@@ -23,30 +24,44 @@ T = TypeVar("T")
 class IntervalClock:
     """Measures the interval since the last report: how fast it went, and which share of it was waiting for data.
 
-    On a GPU, where the host runs ahead, time in which both the GPU computes and the host waits counts as waiting, too.
+    On a CPU, this is the time in which the loop waited. A GPU is behind the loop, and computes while that waits: there
+    it is the time in which the GPU had nothing left to do, measured by events in its own stream.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
         self._restart()
 
     def _restart(self) -> None:
         self._start = time.perf_counter()
         self._waited = 0.0
+        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def wait_for(self, produce: Callable[[], T]) -> T:
-        """Call ``produce`` and count its time as waiting."""
+        """Call ``produce`` and count its time as waiting. Waits for no device."""
+        if self._on_gpu:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            result = produce()
+            end.record()
+            self._gaps.append((begin, end))
+            return result
         before = time.perf_counter()
         result = produce()
         self._waited += time.perf_counter() - before
         return result
 
     def lap(self, steps: int, clips_per_step: int) -> dict[str, float]:
-        """Return the rates of an interval of ``steps`` steps, and begin the next one."""
+        """Return the rates of an interval of ``steps`` steps, and begin the next one.
+
+        To be called when the GPU has done all of them.
+        """
         seconds = max(time.perf_counter() - self._start, 1e-9)
+        waited = self._waited + sum(begin.elapsed_time(end) for begin, end in self._gaps) / 1000
         rates = {
             "clips_per_second": steps * clips_per_step / seconds,
             "seconds_per_step": seconds / steps,
-            "data_wait_share": self._waited / seconds,
+            "data_wait_share": min(1.0, waited / seconds),
         }
         self._restart()
         return rates
@@ -126,8 +141,11 @@ class ProgressLine:
         """Show the newest figures."""
         figures = (
             f"loss {metrics['loss']:.4f} · {metrics['clips_per_second']:.1f} clips/s · "
-            f"data wait {metrics['data_wait_share']:.0%} · quarantined {metrics['quarantined']:.0f}"
+            f"data wait {metrics['data_wait_share']:.0%} · quarantined {metrics['quarantined']:.0f} · "
+            f"{metrics['batches_ready']:.1f} ready"
         )
+        if "decode_seconds" in metrics:
+            figures += f" · decode {metrics['decode_seconds'] * 1000:.0f} ms/clip"
         self._bar.update(self._task, figures=figures)
         now = time.monotonic()
         is_last = metrics["step"] == self._total_steps

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from adamae_fast.run_folder import RunFolder
 from adamae_fast.train import checkpoint
 from adamae_fast.train.metrics import IntervalClock, MetricsLog, ProgressLine, keep_metrics_until
 from adamae_fast.train.schedule import Schedule
+from adamae_fast.train.stalls import LoadFigures, StallWatch
 from adamae_fast.train.step import Stepper
 from adamae_fast.train.summary import write_summary
 
@@ -36,13 +38,19 @@ OTHER_EXPERIMENT = (
 """Keys that make what follows another experiment than what came before."""
 
 HARMLESS = (
-    "output_dir", "resume", "init_weights", "checkpoint.", "log.", "data.num_workers", "model.attention.",
-    "train.recompute", "train.cuda_graph",
+    "output_dir", "resume", "init_weights", "checkpoint.", "log.", "data.num_workers", "data.timeout",
+    "model.attention.", "train.recompute", "train.cuda_graph",
 )  # fmt: skip
 """Keys that change nothing about the clips, masks and updates to come."""
 
 WORTH_A_WARNING = ("model.layer_norm", "optim.implementation", "train.compile")
 """Keys that change how numbers are rounded, or which ones dropout draws; so do keys that no list names."""
+
+CHOICES = (
+    "model.decoder.keep_ratio", "model.layer_norm", "optim.implementation",
+    "train.recompute", "train.compile", "train.cuda_graph",
+)  # fmt: skip
+"""Keys of docs/speed.md, which are printed at the start where they are not at their defaults."""
 
 
 def kind_of_key(key: str) -> tuple[str, ...]:
@@ -88,6 +96,12 @@ def pretrain(config: PretrainConfig, console: Console) -> dict[str, object]:
             return write_summary(run, config, stepper.model, entries, step, schedule.total_steps, stopped_by, console)
 
 
+def changed_choices(config: PretrainConfig) -> dict[str, object]:
+    """Return those of :data:`CHOICES` that are not at their defaults, with their values."""
+    values = {key: (attrgetter(key)(config), attrgetter(key)(PretrainConfig())) for key in CHOICES}
+    return {key: value for key, (value, default) in values.items() if value != default}
+
+
 def _print_setting(
     config: PretrainConfig, stepper: Stepper, schedule: Schedule, num_videos: int, console: Console
 ) -> None:
@@ -102,6 +116,9 @@ def _print_setting(
         ("mask", f"{config.mask.strategy}: {visible} of {tokens} tokens visible ({1 - visible / tokens:.1%} masked)"),
         *schedule.describe(),
     ]
+    chosen = ", ".join(f"{key}={value}" for key, value in changed_choices(config).items())
+    if chosen:
+        facts.append(("options", chosen))
     for name, fact in facts:
         console.print(f"{name:<14}{fact}", soft_wrap=True, highlight=False)
 
@@ -121,7 +138,7 @@ def _train(
     quarantine = Quarantine(run.quarantine, len(entries), config.data.max_bad_share)
     first_batch, num_batches = first_step * accumulate, schedule.total_steps * accumulate
     batches = clip_batches(config, entries, first_batch, num_batches, stepper.device, quarantine.crashers)
-    clock = IntervalClock()
+    clock, load, stalls = IntervalClock(stepper.device), LoadFigures(), StallWatch(config, stepper.device.type)
     step = saved = logged = first_step
     with (
         closing(batches),
@@ -135,6 +152,7 @@ def _train(
                 "step": step,
                 **stepper.read_figures(),
                 **clock.lap(step - logged, schedule.total_batch),
+                **load.lap(),
                 "lr": schedule.learning_rate(step - 1),
                 "epoch": step / schedule.steps_per_epoch,
                 "memory_bytes": peak_memory_bytes(stepper.device),
@@ -142,6 +160,7 @@ def _train(
             }
             metrics_log.write(metrics)
             progress.report(metrics)
+            stalls.observe(step - logged, metrics)
             logged = step
 
         def save() -> None:
@@ -159,6 +178,7 @@ def _train(
                         break
                     batch = clock.wait_for(lambda: next(batches))
                     quarantine.add(batch.bad)
+                    load.add(batch)
                     stepper.accumulate(batch.video)
                 if stop:  # the step under way is left out; it will be the first one after the resume
                     break

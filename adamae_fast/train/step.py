@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adamae_fast.config import PretrainConfig
-from adamae_fast.device import arithmetic, product_dtype, upload
+from adamae_fast.device import Uploader, arithmetic, product_dtype, upload
 from adamae_fast.model.adamae import AdaMAE, AdaMAEOutput
 from adamae_fast.ops.sample_visible import NonFiniteLogitsError
 from adamae_fast.train.apex import use_apex_layer_norm
@@ -34,6 +34,7 @@ class Stepper:
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         self._config = config
         self.device = device
+        self._upload_clips = Uploader(device)
         torch.manual_seed(config.seed)
         self.model = AdaMAE(config.model, config.mask, config.loss).to(device).train()
         self.model.set_recompute(config.train.recompute)
@@ -69,7 +70,7 @@ class Stepper:
         """Forward and backward of one micro-batch of uint8 clips; gradients add up over ``train.accumulate`` calls."""
         seeds_B = mask_seeds(self._config.seed, self._step, self._num_clips, video_BCTHW.shape[0])
         self._num_clips += video_BCTHW.shape[0]
-        video_BCTHW, seeds_B = upload(video_BCTHW, self.device), upload(seeds_B, self.device)
+        video_BCTHW, seeds_B = self._upload_clips(video_BCTHW), upload(seeds_B, self.device)
         if self.graph is None:
             self._forward_backward(video_BCTHW, seeds_B)
         else:

@@ -65,17 +65,27 @@ def test_every_arm_computes_the_operation_and_is_measured_in_every_mode(name: st
 
 
 def test_a_gpu_has_gates_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def only_cuda_is_red(arguments: tuple[str, ...]) -> str | None:
-        asked.append(arguments[0])
-        return "red" if "gpu" in arguments[0] else None
-
-    monkeypatch.setattr(measure, "run_gate", only_cuda_is_red)
-    arguments = (TINY, torch.float32, torch.device("cuda"), QUICK, lambda what: None)
-    assert measure.measure(ENTRIES["gather_tokens"], *arguments).refused == {"all": "its tests are red (red)"}
-    assert asked[-1] == "tests/kernels/test_on_gpu.py"
+    monkeypatch.setattr(measure, "run_gate", lambda gate: "red" if "tests/kernels/test_on_gpu.py" in gate else None)
+    gates = measure.gates_of(ENTRIES["gather_tokens"], torch.device("cuda"))
+    assert measure.red_gates(gates) == {("tests/kernels/test_on_gpu.py",): "red"}
+    assert measure.red_gates(measure.gates_of(ENTRIES["gather_tokens"], CPU)) == {}
     assert all((run.conditions.ROOT / file).is_file() for (file,) in registry.CUDA_GATES)
+
+
+def test_green_gates_run_together_and_red_ones_are_found_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    red: set[tuple[str, ...]] = set()
+
+    def run_gate(gate: tuple[str, ...]) -> str | None:
+        asked.append(gate)
+        return f"{gate} is red" if any(set(each) <= set(gate) for each in red) else None
+
+    monkeypatch.setattr(measure, "run_gate", run_gate)
+    gates = [("a.py",), ("all.py", "-k", "a"), ("b.py",), ("all.py", "-k", "b"), ("a.py",)]
+    assert measure.red_gates(gates) == {}
+    assert asked == [("a.py", "b.py"), ("all.py", "-k", "a or b")]
+    red.add(("b.py",))
+    assert measure.red_gates(gates) == {("b.py",): "('b.py',) is red"}
 
 
 def test_an_arm_that_is_wrong_is_refused_and_the_others_are_measured() -> None:
@@ -112,8 +122,7 @@ def test_a_split_that_is_none_is_refused() -> None:
 @pytest.fixture
 def tiny_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The command at a tiny shape, with a gate that passes."""
-    monkeypatch.setitem(run.SHAPES, "cpu", TINY)
-    monkeypatch.setattr(run, "copy_roof", lambda device: 1e10)
+    monkeypatch.setattr(run, "TINY", TINY)
     set_gate(monkeypatch, gate(tmp_path, "assert True"))
     return tmp_path
 

@@ -1,6 +1,6 @@
-"""Whole-step measurements at tiny sizes: arms agree, commands end with JSON, reports and resumption keep their word."""
+"""Whole-step measurements at tiny sizes: arms agree, and what is counted is what happened."""
 
-import json
+import argparse
 import os
 import subprocess
 import sys
@@ -11,7 +11,8 @@ import torch
 
 from adamae_fast.cli import main as adamae_fast
 from adamae_fast.config import ModelConfig
-from bench import arms, checkout, command, conditions, gpu, memory, profile, report, step, throughput
+from adamae_fast.train.step import Stepper
+from bench import arms, checkout, command, conditions, memory, profile, step, throughput
 from bench.timing import Plan
 
 # torch's compiler looks at .grad of what crosses from one graph to the next.
@@ -92,48 +93,61 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
         checkout.Checkout.open(tmp_path)
 
 
-def last_line(capsys) -> dict:
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+def test_rows_of_another_batch_size_stay_where_all_else_is_the_same(tmp_path: Path) -> None:
+    options = argparse.Namespace(out=tmp_path, quick=True)
+
+    def measured(batch: int, ms: float, **other: str) -> dict:
+        taken = {"device": "cpu", "cores": "2", "commit": "abc", "date": f"day {batch}", "load": "0", **other}
+        rows = [
+            {"arm": arm, "batch": batch, "ms": ms / i} for i, arm in enumerate(("published-fp32", "tuned"), start=1)
+        ]
+        return {"conditions": taken, "model": "nano", "rows": rows, "skipped": {f"arm-{batch}": "none"}}
+
+    command.finish("step", step.with_other_batches(measured(32, 10), options), options)
+    both = step.with_other_batches(measured(16, 6), options)
+    assert [(row["batch"], row["ms"]) for row in both["rows"]] == [(16, 6), (16, 3), (32, 10), (32, 5)]
+    assert both["speedup"] == {batch: {"published-fp32": 1.0, "tuned": 2.0} for batch in ("16", "32")}
+    assert set(both["skipped"]) == {"arm-16", "arm-32"}
+    again = step.with_other_batches(measured(32, 8), options)
+    assert [row["ms"] for row in again["rows"]] == [8, 4]
+    other = step.with_other_batches(measured(16, 6, commit="def"), options)
+    assert {row["batch"] for row in other["rows"]} == {16}
 
 
-def test_commands_end_with_json_and_write_what_the_report_shows(tmp_path: Path, capsys) -> None:
-    arguments = [*ARGUMENTS, "--out", str(tmp_path)]
-    assert step.main([*arguments, "--arm", "published-like-fp32", "ours-none"]) == 0
-    line = last_line(capsys)
-    (ours,) = [row for row in line["rows"] if row["arm"] == "ours-none"]
-    (base,) = [row for row in line["rows"] if row["arm"] == "published-like-fp32"]
-    assert line["speedup"]["2"]["ours-none"] == pytest.approx(base["ms"] / ours["ms"], rel=1e-2)
-    assert ours["saved_bytes_per_clip"] < base["saved_bytes_per_clip"]
-    assert memory.main(arguments) == 0
-    line = last_line(capsys)
-    for row in line["rows"]:
-        assert row["ours-none"] == row["predicted-none"] < row["published"]
-    assert line["largest_batch"]["ours-fc1"] > line["largest_batch"]["ours-none"] > 0
-    assert throughput.main([*arguments, "--batch", "1"]) == 0
-    assert {row["strategy"] for row in last_line(capsys)["rows"]} == {"adaptive", "tube", "random", "frame"}
-    assert profile.main(arguments) == 0
-    assert last_line(capsys)["rows"][0]["reads"] == 0
+def test_clips_in_pinned_memory_are_uploaded_by_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+    taken: list[int] = []
+    accumulate = Stepper.accumulate
 
-    page = tmp_path / "docs" / "results.md"
-    assert report.main(["--results", str(tmp_path), "--page", str(page)]) == 0
-    text = page.read_text()
-    assert f"{ours['ms']:.1f} [" in text
-    assert "| (c) decoder | 8 blocks | 21.3 | published-like-fp32 |" in text
-    pictures = sorted(path.name for path in (page.parent / "results").iterdir())
-    assert [name.partition("_")[0] for name in pictures] == ["memory", "step", "throughput"]
-    assert all(f"(results/{name})" in text for name in pictures)
-    assert all((page.parent / "results" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    def pin(video: torch.Tensor) -> torch.Tensor:
+        pinned.append(video.clone())
+        return pinned[-1]
 
+    def spy(self: Stepper, video: torch.Tensor) -> None:
+        taken.append(video.data_ptr())
+        accumulate(self, video)
 
-def test_a_report_without_results_says_so(tmp_path: Path) -> None:
-    assert report.main(["--results", str(tmp_path), "--page", str(tmp_path / "results.md")]) == 0
-    text = (tmp_path / "results.md").read_text()
-    assert text.count("On a GPU: not measured.") == text.count("On a CPU: not measured.") == len(report.SECTIONS)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Stepper, "accumulate", spy)
+    monkeypatch.setattr(throughput, "CLIPS", {"cpu": ("device", "pinned")})
+    model, mask = command.TINY
+    setting = arms.Setting(model=model, mask=mask, batch_size=1, device=CPU)
+    rows = throughput.measure(setting, "ours-none", Plan(warm_up=0, rounds=1, block=2))
+    assert [row["clips"] for row in rows] == ["device", "pinned"]
+    (clips,) = pinned
+    assert clips.dtype == torch.uint8
+    assert [pointer == clips.data_ptr() for pointer in taken] == [False] * 3 + [True] * 3
 
 
 def test_an_arm_that_does_not_exist_is_named() -> None:
     with pytest.raises(ValueError, match="--arm: none cannot be measured here; choose from"):
         step.main([*ARGUMENTS, "--arm", "none"])
+
+
+@pytest.mark.parametrize("rounds", [0, -1])
+def test_no_round_at_all_is_refused(rounds: int) -> None:
+    with pytest.raises(ValueError, match=f"--rounds {rounds}: choose at least 1 round"):
+        step.main([*ARGUMENTS, "--rounds", str(rounds)])
 
 
 def test_bisection_finds_the_largest() -> None:
@@ -147,32 +161,6 @@ def test_quick_cases_are_among_the_papers() -> None:
     assert {case.part for case in memory.CASES} == {"(a) masking", "(b) ratio", "(c) decoder", "(f) sampler"}
     assert set(memory.QUICK_CASES) <= {case.name for case in memory.CASES}
     assert memory.CASES[0].model == ModelConfig()
-
-
-def writes(out: Path, name: str, status: int = 0) -> gpu.Step:
-    log = f"import pathlib, sys; pathlib.Path({str(out)!r}, 'log').open('a').write({name!r}); sys.exit({status})"
-    return gpu.Step(name, ("-c", log), 10)
-
-
-def test_measurements_go_on_where_they_were_cut_off(tmp_path: Path) -> None:
-    todo = [writes(tmp_path, "a"), writes(tmp_path, "b", status=3), writes(tmp_path, "c")]
-    state = gpu.run_all(todo, tmp_path, 60, "commit-1")
-    assert set(state["done"]) == {"a", "c"}
-    assert state["failed"] == {"b": "exit status 3"}
-    todo[1] = writes(tmp_path, "b")
-    state = gpu.run_all(todo, tmp_path, 60, "commit-1")
-    assert state["failed"] == {}
-    assert (tmp_path / "log").read_text() == "abcb"
-    gpu.run_all(todo, tmp_path, 60, "commit-2")
-    assert (tmp_path / "log").read_text() == "abcbabc"
-
-
-def test_a_step_is_not_begun_without_time_and_cut_off_after_it(tmp_path: Path) -> None:
-    slow = gpu.Step("slow", ("-c", "import time; time.sleep(60)"), 1)
-    state = gpu.run_all([slow, writes(tmp_path, "late")], tmp_path, 2, "commit")
-    assert state["failed"]["slow"].startswith("cut off after")
-    assert state["failed"]["late"].startswith("not begun")
-    assert not (tmp_path / "log").exists()
 
 
 def test_a_machine_without_the_command_lines_packages_can_measure() -> None:
@@ -193,15 +181,4 @@ def test_the_command_line_forwards(capfd, monkeypatch: pytest.MonkeyPatch) -> No
     assert adamae_fast(["bench", "report", "--help"]) == 0
     assert "usage: python -m bench.report" in capfd.readouterr().out
     assert adamae_fast(["bench", "nothing"]) == 2
-    assert "no such measurement" in capfd.readouterr().err
-
-
-def test_all_steps_of_a_gpu_machine_exist() -> None:
-    for rehearsal in (True, False):
-        todo = gpu.steps(Path("out"), rehearsal=rehearsal, published=None)
-        assert sum(each.share for each in todo) <= 1.6 * 540
-        for each in todo:
-            if each.command[0] == "-m" and each.command[1].startswith("bench."):
-                assert (conditions.ROOT / each.command[1].replace(".", "/")).with_suffix(".py").is_file()
-            files = [word for word in each.command if word.startswith("tests/")]
-            assert all((conditions.ROOT / file).exists() for file in files)
+    assert "there is no measurement 'nothing'" in capfd.readouterr().err

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from adamae_fast.data.check import check_manifest
-from adamae_fast.data.decode import decord_is_installed
 from adamae_fast.data.manifest import ManifestError
 
 
@@ -47,7 +46,7 @@ def test_json(manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "frames": 30,
         "fps": 25.0,
         "duration": 1.2,
-        "decoder": "decord" if decord_is_installed() else "pyav",
+        "decoder": "pyav",
         "problem": None,
     }
     assert (b["height"], b["frames"], b["decoder"]) == (32, 5, "pyav")
@@ -63,7 +62,7 @@ def test_table(manifest: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert check_manifest(str(manifest)) == 1
     lines = capsys.readouterr().out.strip().splitlines()
     cells = {row[0]: row[1:] for line in lines if (row := [cell.strip() for cell in line.split("│")[1:-1]])}
-    decoder = "decord" if decord_is_installed() else "pyav"
+    decoder = "pyav"
     assert cells["a.mp4"] == ["h264", "64×48", "30", "25.00", "1.20 s", decoder]
     assert cells["images"] == ["png", "64×48", "4", "", "", "pillow"]
     assert cells["missing.mp4"] == ["", "", "", "", "", "unreadable"]

@@ -7,16 +7,21 @@ import pytest
 import torch
 from PIL import Image
 
+from adamae_fast.config import CropKind, DataConfig
 from adamae_fast.data.clips import (
+    ClipPlan,
     CropBox,
     View,
     apply_view,
     center_box,
     clip_rng,
     derived_rng,
+    draw_replacement,
     draw_view,
+    epoch_order,
     frame_ids,
     multi_scale_box,
+    plan_clip,
     random_resized_box,
 )
 
@@ -164,3 +169,36 @@ def test_apply_view_agrees_with_pillow(box: CropBox, frame_size: int, flip: bool
         difference = np.abs(clip[:, time].permute(1, 2, 0).numpy().astype(int) - np.asarray(image))
         assert difference.max() <= 1
     assert torch.equal(apply_view(torch.from_numpy(frames), View(box, flip), frame_size), clip)
+
+
+def _plan(seed: int = 3, epoch: int = 1, sample: int = 4, **config: object) -> ClipPlan:
+    data = DataConfig(stride=2, flip=True, **config)  # type: ignore[arg-type]
+    size = {"num_frames": 4, "frame_size": 16, "total_frames": 100, "height": 48, "width": 64}
+    return plan_clip(data, seed, epoch, sample, **size)
+
+
+@pytest.mark.parametrize("crop", ["multi_scale", "random_resized"])
+def test_a_plan_is_what_the_generators_of_its_crops_draw(crop: CropKind) -> None:
+    plan = _plan(crop=crop, repeat=3)
+    rng = clip_rng(3, 1, 4, 0)
+    assert plan.frame_ids == tuple(frame_ids(100, 4, 2, rng))
+    drawn = [draw_view(r, 48, 64, crop=crop, frame_size=16, flip=True) for r in (rng, clip_rng(3, 1, 4, 1))]
+    assert list(plan.views[:2]) == drawn
+    assert len(plan.views) == len(set(plan.views)) == 3
+    assert _plan(crop=crop) == ClipPlan(plan.frame_ids, plan.views[:1])
+    others = {_plan(crop=crop, **{key: 9}) for key in ("seed", "epoch", "sample")}
+    assert len(others | {_plan(crop=crop)}) == 4
+
+
+def test_plans_do_not_change() -> None:
+    """A run that is resumed with another release must see the same clips."""
+    views = View(CropBox(4, 24, 31, 31)), View(CropBox(6, 32, 36, 31), flip=True)
+    assert _plan(repeat=2) == ClipPlan((55, 57, 59, 61), views)
+    assert epoch_order(3, 1, 8).tolist() == [0, 5, 3, 2, 1, 6, 7, 4]
+    assert draw_replacement(3, 1, 4, {4}, 100) == 55
+
+
+def test_replacements_are_any_other_video() -> None:
+    drawn = Counter(draw_replacement(0, 0, sample, {0, 2}, 5) for sample in range(900))
+    assert set(drawn) == {1, 3, 4}
+    assert sum((n - 300) ** 2 / 300 for n in drawn.values()) < 13.8  # chi-square, 2 degrees, p = 0.001

@@ -12,9 +12,9 @@ import torch
 
 from adamae_fast.config import DataConfig, DecoderName
 from adamae_fast.data import dataset as dataset_module
-from adamae_fast.data.clips import View, apply_view, center_box
+from adamae_fast.data.clips import ClipPlan, View, apply_view, center_box, plan_clip
 from adamae_fast.data.dataset import NOTHING, NoReadableVideoError, PretrainClips
-from adamae_fast.data.decode import VideoError, VideoFile, open_entry, open_video
+from adamae_fast.data.decode import VideoError, VideoFile, decord_is_installed, open_entry, open_video
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo
 from adamae_fast.errors import RunStoppedError
@@ -95,6 +95,22 @@ def test_repeats_share_their_frames_and_differ_in_crop(
     assert torch.equal(crops[:1], _clips(entries, stride=2, crop="random_resized")[2].video)
 
 
+def test_decoders_carry_out_the_same_plan(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[ClipPlan] = []
+
+    def keep(*args: Any, **sizes: Any) -> ClipPlan:
+        plans.append(plan_clip(*args, **sizes))
+        return plans[-1]
+
+    monkeypatch.setattr(dataset_module, "plan_clip", keep)
+    seen = {}
+    for decoder in ("auto", "decord", "pyav") if decord_is_installed() else ("auto", "pyav"):
+        clips = _clips(entries, decoder=decoder, repeat=2, flip=True, stride=2)
+        seen[decoder] = torch.stack([clips[position].video for position in range(2 * NUM_VIDEOS)])
+    assert len(set(plans)) == 2 * NUM_VIDEOS < len(plans)
+    assert all(torch.equal(video, seen["pyav"]) for video in seen.values())
+
+
 def test_frames_are_a_stride_apart_and_starts_vary(
     entries: list[Entry], numbers: Callable[[np.ndarray], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,13 +183,13 @@ def test_what_is_being_decoded_is_on_record(entries: list[Entry], monkeypatch: p
     seen = []
 
     def fail_first(entry: Entry, decoder: DecoderName) -> VideoFile:
-        seen.append(entries[int(clips.decoding)] is entry)
+        seen.append(entries[int(clips.decoding[0])] is entry)
         if len(seen) == 1:
             raise VideoError(entry.path, "damaged")
         return open_entry(entry, decoder)
 
     def check_nothing(*args: Any) -> torch.Tensor:
-        assert int(clips.decoding) == NOTHING
+        assert clips.decoding.tolist() == [NOTHING, 2]
         return apply_view(*args)
 
     monkeypatch.setattr(dataset_module, "open_entry", fail_first)
@@ -226,7 +242,7 @@ def test_files_are_closed(entries: list[Entry], monkeypatch: pytest.MonkeyPatch)
     closed = []
 
     class Unreadable:
-        num_frames = 9
+        num_frames, height, width = 9, 48, 64
 
         def read(self, ids: object) -> None:
             raise VideoError("x.mp4", "damaged")

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,11 +25,13 @@ from torch.utils.data import dataloader
 
 from adamae_fast.config import DataConfig, DecoderName, ModelConfig, PretrainConfig, TrainConfig
 from adamae_fast.data import dataset as dataset_module
+from adamae_fast.data import watchdog as watchdog_module
 from adamae_fast.data.dataset import NoReadableVideoError, PretrainClips
-from adamae_fast.data.decode import VideoError, VideoFile, open_entry
+from adamae_fast.data.decode import VideoError, VideoFile, decord_is_installed, open_entry
 from adamae_fast.data.loader import CRASH_SIGNALS, Batch, clip_batches
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError, TooManyBadVideosError
+from adamae_fast.data.watchdog import CHECKS_PER_TIMEOUT, Decoding, Watchdog
 from adamae_fast.errors import RunStoppedError
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +124,22 @@ def test_a_resumed_stream_goes_on_where_it_was(entries: list[Entry]) -> None:
     assert list(clip_batches(_config(num_workers=1), entries, 6, 6)) == []
 
 
+def test_only_workers_open_videos(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a decoder holds (threads, locks) does not survive a fork; what this process read before does no harm."""
+    for decoder in ("decord", "pyav") if decord_is_installed() else ("pyav",):
+        with closing(open_entry(entries[0], decoder)) as video:  # type: ignore[arg-type]
+            video.read([3, 5])
+            alone = list(clip_batches(_config(decoder=decoder), entries, 0, 3))
+
+            def open_in_a_worker(entry: Entry, decoder: DecoderName) -> VideoFile:
+                assert multiprocessing.parent_process() is not None
+                return open_entry(entry, decoder)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(dataset_module, "open_entry", open_in_a_worker)
+                _assert_same(alone, list(clip_batches(_config(decoder=decoder, num_workers=2), entries, 0, 3)))
+
+
 def test_global_generators_are_left_alone(entries: list[Entry]) -> None:
     before = torch.random.get_rng_state()
     list(clip_batches(_config(num_workers=1), entries, 0, 2))
@@ -194,6 +216,78 @@ def test_videos_that_crash_a_worker_are_bad_videos(
     assert known == {bad.path: bad.reason for bad in found}
 
 
+def test_videos_that_keep_a_worker_are_bad_videos(
+    entries: list[Entry], monkeypatch: pytest.MonkeyPatch, quick_to_notice: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of them keeps Python's lock as well, so that nothing but SIGKILL ends its worker."""
+    lock_kept = {entries[3].path: True, entries[4].path: False}
+
+    def open_or_hang(entry: Entry, decoder: DecoderName) -> VideoFile:
+        if entry.path in lock_kept:
+            assert multiprocessing.parent_process() is not None
+            ctypes.PyDLL(None).sleep(3600) if lock_kept[entry.path] else time.sleep(3600)
+        return open_entry(entry, decoder)
+
+    monkeypatch.setattr(dataset_module, "open_entry", open_or_hang)
+    others = set(multiprocessing.active_children())
+    config = _config(num_workers=2, max_bad_share=1.0, timeout=1.5)
+    with closing(clip_batches(config, entries, 1, 8)) as batches:
+        recovered = list(batches)
+    assert set(multiprocessing.active_children()) <= others
+    found = {bad for batch in recovered for bad in batch.bad if bad.crashed}
+    assert found == {BadVideo(path, "took longer than 1.5 s", crashed=True) for path in lock_kept}
+    assert {path for path in lock_kept if path in caplog.text} == set(lock_kept)
+    known = {bad.path: bad.reason for bad in found}
+    _assert_same(recovered, list(clip_batches(_config(), entries, 1, 8, known_crashers=known)))
+
+
+def test_a_slow_video_is_no_stuck_one(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven videos take longer than the timeout together, none of them alone."""
+
+    def open_slowly(entry: Entry, decoder: DecoderName) -> VideoFile:
+        time.sleep(0.4)
+        return open_entry(entry, decoder)
+
+    monkeypatch.setattr(dataset_module, "open_entry", open_slowly)
+    batches = list(clip_batches(_config(num_workers=1, timeout=3.0), entries[3:4], 0, 4))
+    assert len(batches) == 4
+    assert not any(batch.bad for batch in batches)
+
+
+def test_the_watchdog_does_not_count_time_in_which_it_stood_still_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, killed = itertools.count(1), threading.Event()
+    clock = itertools.count(step=1000)  # as after Ctrl-Z and fg, before every look
+    monkeypatch.setattr(watchdog_module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    worker = cast(Any, SimpleNamespace(pid=7, kill=killed.set))
+
+    def decoding() -> list[Decoding]:
+        next(looks)
+        return [Decoding(7, 3, 1), Decoding(8, 4, 1)]  # the second one is not this loader's
+
+    with Watchdog([worker], decoding, 0.05) as watchdog:
+        assert killed.wait(30)
+    assert watchdog.killed == {7: 3}
+    assert next(looks) > 1 + CHECKS_PER_TIMEOUT // 2
+
+
+def test_batches_tell_what_they_cost_and_how_many_are_ready(entries: list[Entry]) -> None:
+    alone = next(iter(clip_batches(_config(), entries[3:4], 0, 1)))
+    assert alone.num_ready == 0
+    assert alone.decode is not None
+    # 19 frames, a key frame every 8: each clip of 4 × 2 begins at most 7 behind one, and there are two of them.
+    assert 2 * 4 <= alone.decode.frames <= 2 * (7 + 7)
+    assert alone.decode.seconds > 0
+    with _running(entries[3:4], num_workers=2) as (batches, _):
+        deadline = time.monotonic() + 20
+        ready = 0
+        while ready < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+            next(batches)
+            ready = next(batches).num_ready
+        assert 2 <= ready <= 4  # PyTorch lets each worker be two batches ahead
+    assert alone.decode.frames == next(iter(clip_batches(_config(num_workers=1), entries[3:4], 0, 1))).decode.frames
+
+
 def test_too_many_crashes(
     entries: list[Entry], crash: Callable[[dict[str, signal.Signals]], None], quick_to_notice: None
 ) -> None:
@@ -210,7 +304,7 @@ def test_a_crash_outside_the_decoder_ends_the_run(
     entries: list[Entry], monkeypatch: pytest.MonkeyPatch, quick_to_notice: None
 ) -> None:
     monkeypatch.setattr(dataset_module, "apply_view", lambda *_: os.kill(os.getpid(), signal.SIGSEGV))
-    with pytest.raises(DataStoppedError, match=r"a data worker died \(SIGSEGV\)") as caught:
+    with pytest.raises(DataStoppedError, match=r"died \(SIGSEGV: worker 0, process \d+, not while it") as caught:
         next(clip_batches(_config(num_workers=1), entries, 0, 8))
     assert not caught.value.bad
 
@@ -222,7 +316,8 @@ def test_killed_while_decoding_is_no_crash(
     config = _config(batch_size=2, num_workers=1, max_bad_share=1.0)
     order = [_opened(config, entries, position) for position in range(2)]
     crash({order[0]: signal.SIGSEGV, order[1]: signal.SIGKILL})
-    with pytest.raises(DataStoppedError, match=r"a data worker died \(SIGKILL\).*memory") as caught:
+    named = rf"died \(SIGKILL: worker 0, process \d+, while it decoded {re.escape(order[1])}\).*memory"
+    with pytest.raises(DataStoppedError, match=named) as caught:
         list(clip_batches(config, entries, 0, 8))
     assert [bad.path for bad in caught.value.bad] == [order[0]]
 
@@ -243,7 +338,9 @@ def test_a_killed_worker_ends_the_run_and_says_so(entries: list[Entry]) -> None:
     with _running(entries, num_workers=1) as (batches, (worker,)):
         assert worker.pid is not None
         threading.Timer(0.1, os.kill, (worker.pid, signal.SIGKILL)).start()
-        with pytest.raises(RunStoppedError, match=r"a data worker died \(SIGKILL\).*memory.*data\.num_workers"):
+        with pytest.raises(
+            RunStoppedError, match=rf"SIGKILL: worker 0, process {worker.pid}.*memory.*data\.num_workers"
+        ):
             deque(batches, maxlen=0)
 
 

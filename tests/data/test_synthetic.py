@@ -256,7 +256,7 @@ def test_an_empty_or_missing_folder_is_filled(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_render_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode, calls = synthetic._encode, []
+    encode, calls = synthetic.encode, []
 
     def interrupted(path: Path, *rest: object) -> None:
         calls.append(path)
@@ -264,7 +264,7 @@ def test_an_interrupted_render_leaves_nothing(tmp_path: Path, monkeypatch: pytes
             raise KeyboardInterrupt
         encode(path, *rest)
 
-    monkeypatch.setattr(synthetic, "_encode", interrupted)
+    monkeypatch.setattr(synthetic, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         synthesize(str(tmp_path / "out"), num_videos=3, num_frames=8, width=64, height=64)
     assert len(calls) == 2

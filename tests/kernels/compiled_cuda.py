@@ -49,7 +49,7 @@ def nvcc_version() -> str:
 def compile_all() -> Iterator[dict[str, str]]:
     """Rows of the table, one for each kernel and architecture. Any build of torch brings the headers."""
     build, version = setup_module(), nvcc_version()
-    code = [flag for flag in build.GPU_CODE if any(flag.endswith(f"code=sm_{arch}") for arch in ARCHITECTURES)]
+    code = [flag for flag in build.gpu_code(NVCC) if any(flag.endswith(f"code=sm_{arch}") for arch in ARCHITECTURES)]
     includes = ["-isystem", str(Path(torch.__file__).parent / "include")]
     rows = []
     for source in SOURCES:

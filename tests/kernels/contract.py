@@ -155,6 +155,18 @@ def test_a_step_with_an_id_out_of_range_has_nan_in_its_row_alone() -> None:
         assert torch.equal(x[row + 1 :], expected[row + 1 :])
 
 
+@pytest.mark.parametrize("wrong", [-1, -(2**63), 2**63 - 1])
+def test_a_slot_out_of_range_reads_no_gradient(wrong: int) -> None:
+    grad, slots = calls("gather_tokens_backward", OpShape())[-1]
+    slots = slots.clone()
+    slots[1, 3] = 0  # of a visible token
+    (expected,) = kernel("gather_tokens_backward", grad, slots)
+    slots[1, 3] = wrong
+    expected[1, 3] = 0
+    (actual,) = kernel("gather_tokens_backward", grad, slots)
+    assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("ids", [[3, 3, 1], [3, 7, 1], [3, -2, 1]])
 def test_a_token_named_twice_or_out_of_range_leaves_an_id_that_no_token_has(ids: list[int]) -> None:
     visible, masked, slots = kernel("split_tokens", torch.tensor([ids, [0, 1, 2]]), 5)

@@ -274,6 +274,21 @@ def test_from_config_builds_what_the_recipe_says(tmp_path):
     assert model.sampler is None
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("train.recompute", "block", r"train\.recompute='block' acts in pre-training .*: call set_recompute\(\)"),
+        ("train.compile", True, r"train\.compile=True acts .*compile_blocks\(model\)$"),
+        ("model.layer_norm", "apex", r"model\.layer_norm='apex' acts .*use_apex_layer_norm\(model\)$"),
+        ("optim.base_lr", 1e-3, r"optim\.base_lr=0\.001 acts in pre-training .*: leave it out$"),
+    ],
+)
+def test_from_config_refuses_what_builds_no_model(key, value, words, tmp_path):
+    save_config(PretrainConfig(model=ModelConfig(**TINY)), tmp_path / "recipe.yaml")
+    with pytest.raises(ValueError, match=words):
+        AdaMAE.from_config(tmp_path / "recipe.yaml", **{key: value})
+
+
 def test_bf16_autocast_stays_close_to_fp32():
     model = build(sampler=SamplerConfig(dropout=0.0))
     ids = torch.arange(0, 32, 4).expand(2, -1)

@@ -11,6 +11,7 @@ import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamae_fast import AdaMAE
 from adamae_fast.config import MaskConfig, ModelConfig, PretrainConfig, Recompute, TrainConfig
@@ -229,6 +230,48 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     parameters = [p for p, grad in zip(parameters, used, strict=True) if grad is not None]
     # The modules' own parameters are moved in place by gradcheck: what the function sees is what is checked.
     assert torch.autograd.gradcheck(lambda x, *_: function(x), (x, *parameters))
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return function(*args, **(kwargs or {}))
+
+
+# Matrix products of a backward that needs the gradient of one input alone.
+PRODUCTS = {
+    "linear": {"x": 1, "norm.weight": 1, "norm.bias": 1, "fc1.weight": 1, "fc1.bias": 0},
+    "linear without bias": {"x": 1, "norm.weight": 1, "norm.bias": 1, "fc1.weight": 1},
+    "mlp, hidden kept": {"x": 2, "norm.weight": 2, "norm.bias": 2, "fc1.weight": 2, "fc1.bias": 1}
+    | {"fc2.weight": 1, "fc2.bias": 0},
+    "mlp": {"x": 3, "norm.weight": 3, "norm.bias": 3, "fc1.weight": 3, "fc1.bias": 2, "fc2.weight": 2, "fc2.bias": 0},
+}
+
+
+@every_kind
+def test_gradients_that_nobody_needs_are_not_computed(kind: str) -> None:
+    norm, fc1, fc2 = layers(torch.float32)
+    x = torch.randn(2, 3, 6)
+    modules = (("norm", norm), ("fc1", fc1), ("fc2", fc2))
+    inputs = {"x": x} | {f"{m}.{p}": value for m, module in modules for p, value in module.named_parameters()}
+    function, names = fused(kind, norm, fc1, fc2), list(PRODUCTS[kind])
+    for value in inputs.values():
+        value.requires_grad_(True)
+    expected = dict(
+        zip(names, torch.autograd.grad(function(x).square().sum(), [inputs[n] for n in names]), strict=True)
+    )
+    for name in names:
+        for key, value in inputs.items():
+            value.requires_grad_(key == name)
+        result = function(x).square().sum()
+        with Products() as products:
+            (actual,) = torch.autograd.grad(result, [inputs[name]])
+        assert torch.equal(actual, expected[name]), name
+        assert products.count == PRODUCTS[kind][name], name
 
 
 @every_kind

@@ -326,7 +326,9 @@ def test_auto_passes_over_back_ends_that_refuse(monkeypatch: pytest.MonkeyPatch)
 
 def test_an_explicit_request_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module.BACKENDS, "sdpa", refuse("sdpa"))
-    with pytest.raises(ValueError, match=r"q of shape \(2, 7, 3, 5\), torch.float64, cpu. sdpa: no sdpa here$"):
+    with pytest.raises(
+        ValueError, match=r"q of shape \(2, 7, 3, 5\), torch.float64, cpu. sdpa: no sdpa here; choose auto$"
+    ):
         attention(*make(), backend="sdpa")
 
 
@@ -436,7 +438,8 @@ def test_a_forced_back_end_gives_its_reasons(monkeypatch: pytest.MonkeyPatch) ->
     inputs = make(dtype=torch.float32)
     words = (
         r"q of shape \(2, 7, 3, 5\), torch.float32, cpu. flash_attn_2: not installed: .*; it takes CUDA tensors, these "
-        r"are on cpu; it takes float16 or bfloat16, these are torch.float32; the head width 5 is not a multiple of 8$"
+        r"are on cpu; it takes float16 or bfloat16, these are torch.float32; the head width 5 is not a multiple of 8; "
+        r"choose auto$"
     )
     with pytest.raises(ValueError, match=words):
         attention(*inputs, backend="flash_attn_2")
@@ -444,7 +447,10 @@ def test_a_forced_back_end_gives_its_reasons(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_inputs_that_do_not_belong_together() -> None:
     q, k, v = (x.detach() for x in make())
-    reasons = r"k is torch.float32 but q is torch.float64; v is on meta but q is on cpu$"
+    reasons = (
+        r"k is torch.float32 but q is torch.float64; v is on meta but q is on cpu; "
+        r"pass floating-point tensors of one dtype on one device$"
+    )
     for backend in ("auto", "reference"):
         with pytest.raises(ValueError, match=rf"torch.float64, cpu. {reasons}"):
             attention(q, k.float(), v.to("meta"), backend=backend)

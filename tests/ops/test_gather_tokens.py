@@ -64,6 +64,17 @@ def test_gradient_is_zero_where_masked_even_if_visible_rows_are_not_finite() -> 
     assert torch.equal(actual.isfinite().all(2), split.slots_BN >= 4)
 
 
+@pytest.mark.parametrize("wrong", [-1, 15, -(2**63), 2**63 - 1])
+def test_slots_out_of_range_are_an_error_of_the_backward(wrong: int) -> None:
+    factory = InputFactory(OpShape())
+    tokens, split, positions = factory.tokens(15).requires_grad_(), factory.split(), factory.positions()
+    slots = split.slots_BN.clone()
+    slots[1, 3] = wrong
+    output = gather_tokens(tokens, split.visible_ids_BK, slots, positions)
+    with pytest.raises(ValueError, match=f"slots reaches from .*{wrong}.*; 15 tokens have ids 0 to 14"):
+        output.sum().backward()
+
+
 def test_autograd_keeps_the_slots_alone() -> None:
     factory = InputFactory(OpShape())
     tokens, split, positions = factory.tokens(15).requires_grad_(), factory.split(), factory.positions()

@@ -10,7 +10,7 @@ from torch import Tensor
 from adamae_fast import info
 from adamae_fast.ops import library, registry
 from adamae_fast.ops.patchify import embed_tubelets, patchify
-from adamae_fast.ops.sample_visible import split_tokens
+from adamae_fast.ops.sample_visible import sample_visible, split_tokens
 from adamae_fast.testing import OPERATION_INPUTS, InputFactory, OpShape
 
 needs_cpp = pytest.mark.skipif(library.reason_missing is not None, reason=f"C++ operations: {library.reason_missing}")
@@ -57,14 +57,25 @@ def test_info_says_what_is_lost(name: str, attribute: str, lost: str, monkeypatc
     ("impl", "device", "message"),
     [
         ("fast", "cpu", "impl='fast': choose one of auto, triton, cuda, cpp, reference"),
-        ("cpp", "meta", "it takes CPU tensors, these are on meta"),
+        pytest.param("cpp", "meta", "it takes CPU tensors, these are on meta", marks=needs_cpp),
         ("triton", "cpu", "it takes CUDA tensors, these are on cpu"),
-        ("cuda", "cpu", "it takes CUDA tensors, these are on cpu"),
+        ("cuda", "cpu", r"it has no CUDA C\+\+ implementation of its own"),
     ],
 )
 def test_an_implementation_that_cannot_run_is_an_error(impl: str, device: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         patchify(VIDEO.to(device), **SIZES, impl=impl)
+
+
+def test_cuda_is_for_tensors_on_cuda_devices() -> None:
+    with pytest.raises(ValueError, match="it takes CUDA tensors, these are on cpu"):
+        sample_visible(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), 2, impl="cuda")
+
+
+@pytest.mark.parametrize(("impl", "name"), [("triton", "Triton"), ("cuda", r"CUDA C\+\+")])
+def test_an_implementation_that_does_not_exist_is_not_asked_for_its_device(impl: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot run: it has no {name} implementation of its own; pass impl='auto'"):
+        registry.choose(torch.ops.adamae_fast.head_patch_loss.default, impl, torch.device("cpu"))
 
 
 def test_an_explicit_request_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,13 @@ def lines(*losses):
 
 def test_headline_of_a_run():
     metrics = [
-        {"step": step, "loss": loss, "clips_per_second": 10.0 * step, "data_wait_share": 0.1 * step}
+        {
+            "step": step,
+            "loss": loss,
+            "clips_per_second": 10.0 * step,
+            "data_wait_share": 0.1 * step,
+            "batches_ready": step,
+        }
         for step, loss in enumerate((8.0, 100.0, 1.0, 2.0, 3.0, 4.0, 5.0), start=1)
     ]
     assert headline(metrics) == {
@@ -18,6 +24,8 @@ def test_headline_of_a_run():
         "loss_fall": pytest.approx(1 - 3 / 8),
         "clips_per_second": pytest.approx(40),
         "data_wait_share": pytest.approx(0.4),
+        "decode_seconds": None,
+        "batches_ready": 4.0,
     }
 
 

@@ -4,6 +4,7 @@ import re
 import time
 
 import pytest
+import torch
 from rich.console import Console
 
 from adamae_fast.run_folder import RunFolder, read_json_lines
@@ -11,7 +12,7 @@ from adamae_fast.train.metrics import IntervalClock, MetricsLog, ProgressLine, k
 
 
 def figures(step):
-    rates = {"clips_per_second": 3.0, "seconds_per_step": 7.0, "data_wait_share": 0.25}
+    rates = {"clips_per_second": 3.0, "seconds_per_step": 7.0, "data_wait_share": 0.25, "batches_ready": 1.5}
     return {"step": step, "loss": 1.0 / step, "quarantined": 1, **rates}
 
 
@@ -66,12 +67,59 @@ def test_wait_share_counts_only_what_was_waited_for(monkeypatch):
         now += 1.0
         return "batch"
 
-    clock = IntervalClock()
+    clock = IntervalClock(torch.device("cpu"))
     assert clock.wait_for(produce) == "batch"
     now += 3.0
     assert clock.lap(2, 16) == {"clips_per_second": 8.0, "seconds_per_step": 2.0, "data_wait_share": 0.25}
     now += 1.0
     assert clock.lap(1, 16)["data_wait_share"] == 0
+
+
+class Event:
+    """A point in the stream of a GPU that is ``behind`` seconds of work behind the host."""
+
+    now = behind = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.time = Event.now + Event.behind
+
+    def elapsed_time(self, end):
+        return (end.time - self.time) * 1000
+
+
+def test_a_gpu_that_still_computes_does_not_wait(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(time, "perf_counter", lambda: Event.now)
+
+    def produce():
+        Event.now += 1.0
+        Event.behind = max(0.0, Event.behind - 1.0)
+
+    clock = IntervalClock(torch.device("cuda", 0))
+    for behind, waited in ((5.0, 0.0), (0.25, 0.75), (0.0, 1.0)):
+        Event.behind = behind
+        clock.wait_for(produce)
+        Event.now += 1.0
+        assert clock.lap(1, 1)["data_wait_share"] == waited / 2
+
+
+@pytest.mark.gpu
+def test_gaps_of_a_real_gpu():
+    clock = IntervalClock(torch.device("cuda"))
+    shares = []
+    for busy in (True, False):
+        torch.cuda.synchronize()
+        clock.lap(1, 1)
+        if busy:
+            torch.cuda._sleep(10**9)  # about half a second
+        clock.wait_for(lambda: time.sleep(0.1))
+        torch.cuda.synchronize()
+        shares.append(clock.lap(1, 1)["data_wait_share"])
+    assert shares[0] < 0.05
+    assert shares[1] > 0.8
 
 
 def test_values_that_are_not_finite_are_null(run):
@@ -88,9 +136,17 @@ def test_progress_in_a_log_file_is_a_plain_line(run):
             line.advance(step)
             line.report(figures(step))
     assert text.getvalue().splitlines() == [
-        f"step {step}/2 · loss {1 / step:.4f} · 3.0 clips/s · data wait 25% · quarantined 1 · ETA 0:00:{eta}"
+        f"step {step}/2 · loss {1 / step:.4f} · 3.0 clips/s · data wait 25% · quarantined 1 · "
+        f"1.5 ready · ETA 0:00:{eta}"
         for step, eta in ((1, "07"), (2, "00"))
     ]
+
+
+def test_progress_tells_what_decoding_costs_where_it_is_known():
+    text = io.StringIO()
+    with ProgressLine(Console(file=text, width=200), 0, 1) as line:
+        line.report({**figures(1), "decode_seconds": 0.0124})
+    assert "1.5 ready · decode 12 ms/clip · ETA" in text.getvalue()
 
 
 @pytest.mark.parametrize("width", [80, 160])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from adamae_fast.train.pretrain import (
     OTHER_EXPERIMENT,
     OTHER_MODEL,
     WORTH_A_WARNING,
+    changed_choices,
     kind_of_key,
     pretrain,
 )
@@ -113,7 +115,14 @@ def test_run_folder_metrics_and_summary(uninterrupted):
     entries = read_json_lines(run.metrics)
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
     required = {"step", "loss", "loss_reconstruction", "loss_sampling", "lr", "grad_norm", "clips_per_second"}
-    assert required | {"data_wait_share", "quarantined", "probability_entropy"} <= set(entries[0])
+    assert required | {
+        "data_wait_share",
+        "quarantined",
+        "batches_ready",
+        "decode_seconds",
+        "decoded_frames",
+        "probability_entropy",
+    } <= set(entries[0])
     assert [path.name for path in run.list_checkpoints()] == ["step_00000012", "step_00000014"]
     assert run.config.is_file()
     summary = json.loads(run.summary.read_text())
@@ -306,6 +315,17 @@ def test_an_attention_back_end_that_cannot_run_stops_the_run_at_once(recipe, tmp
     with pytest.raises(ValueError, match=r"model\.attention\.encoder='sdpa_cudnn' .*it takes CUDA tensors"):
         pretrain(load_config(recipe, overrides), Console(quiet=True))
     assert not RunFolder(tmp_path / "run").config.exists()
+
+
+def test_the_start_of_a_run_shows_the_options_that_were_chosen(recipe, tmp_path):
+    overrides = {"model.decoder.keep_ratio": 0.5, "train.recompute": "fc1", "train.steps": 1, "data.num_workers": 0}
+    console = Console(record=True, file=io.StringIO())
+    pretrain(load_config(recipe, {"output_dir": str(tmp_path / "run"), **overrides}), console)
+    assert "options       model.decoder.keep_ratio=0.5, train.recompute=fc1\n" in console.export_text()
+
+
+def test_options_at_their_defaults_are_not_shown(uninterrupted):
+    assert changed_choices(load_config(RunFolder(uninterrupted[0]).config)) == {}
 
 
 def test_a_finished_run_only_draws_its_report_again(recipe, uninterrupted, tmp_path):

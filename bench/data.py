@@ -1,0 +1,316 @@
+"""Clips a second that the data path delivers, by decoder, kind of file, repeat and workers: ``python -m bench.data``.
+
+On videos rendered here in the shapes of Kinetics-400 and Something-Something V2 (``bench/videos.py``), as they are and
+prepared by ``adamae-fast data prepare``. In one process on one thread, arms in turns, each round at new random places:
+
+* **plain**: a loop of ``decord.VideoReader``, ``get_batch`` and one resize of the frames to the clip's size;
+* **published-like**: a stand-in for the published loader's way, each frame a PIL image that is cropped and resized by
+  itself, and the clip fp32, normalised, on the CPU;
+* **ours**: what training reads, each decoder, with 1, 2 and 4 crops of each decoded range.
+
+Then ours through the worker processes that training uses, and the memory of a process that opens many files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from adamae_fast.data.prepare import prepare
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from adamae_fast.config import DataConfig, DecoderName, ModelConfig, PretrainConfig, TrainConfig
+from adamae_fast.data.clips import ClipPlan, plan_clip
+from adamae_fast.data.dataset import PretrainClips
+from adamae_fast.data.decode import open_entry
+from adamae_fast.data.loader import clip_batches
+from adamae_fast.data.manifest import Entry, read_manifest
+from bench import command, conditions, videos
+from bench.timing import summarize
+
+NUM_FRAMES, FRAME_SIZE, SEED = 16, 224, 0
+"""Of the paper's clips."""
+
+KEYINT = 16
+"""Of the prepared files."""
+
+REPEATS = (1, 2, 4)
+
+_LONG = ("original", "ours-decord", 1)
+
+GOALS = (
+    ("prepared files over originals with a long GOP", "k400", ("prepared", "ours-decord", 1), _LONG, 2.5),
+    ("repeat 4 over repeat 1", "k400", ("original", "ours-decord", 4), _LONG, 2.5),
+    ("ours over a plain loop of decord", "k400", _LONG, ("original", "plain", 1), 0.9),
+    ("ours over the published loader's way", "k400", _LONG, ("original", "published-like", 1), 2.0),
+)
+"""What, data set, arm, baseline (files, arm, repeat), least ratio of clips a second."""
+
+Row = dict[str, Any]
+
+
+def plan_of(film: videos.Film, num_frames: int, height: int, width: int, epoch: int, sample: int) -> ClipPlan:
+    """The same places and crops for every arm."""
+    config = DataConfig(stride=film.stride)
+    size = {"num_frames": NUM_FRAMES, "frame_size": FRAME_SIZE}
+    return plan_clip(config, SEED, epoch, sample, **size, total_frames=num_frames, height=height, width=width)
+
+
+def read_plain(film: videos.Film, path: str, epoch: int, sample: int) -> Tensor:
+    """What a user would write in four lines."""
+    import decord
+
+    reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
+    ids = plan_of(film, len(reader), film.height, film.width, epoch, sample).frame_ids
+    frames = torch.from_numpy(reader.get_batch(list(ids)).asnumpy()).permute(0, 3, 1, 2)
+    return F.interpolate(frames, (FRAME_SIZE, FRAME_SIZE), mode="bilinear", antialias=True).transpose(0, 1)
+
+
+MEAN, STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+
+
+def read_like_published(film: videos.Film, path: str, epoch: int, sample: int) -> Tensor:
+    """Frame by frame through PIL, then fp32."""
+    import decord
+
+    reader = decord.VideoReader(path, num_threads=1)
+    plan = plan_of(film, len(reader), film.height, film.width, epoch, sample)
+    box = plan.views[0].box
+    corners = (box.left, box.top, box.left + box.width, box.top + box.height)
+    images = [Image.fromarray(frame).convert("RGB") for frame in reader.get_batch(list(plan.frame_ids)).asnumpy()]
+    images = [image.crop(corners).resize((FRAME_SIZE, FRAME_SIZE), Image.Resampling.BILINEAR) for image in images]
+    stacked = np.concatenate([np.asarray(image) for image in images], axis=2)
+    clip = torch.from_numpy(stacked).permute(2, 0, 1).contiguous().float().div(255)
+    clip = clip.view(NUM_FRAMES, 3, FRAME_SIZE, FRAME_SIZE)
+    return clip.sub_(MEAN[:, None, None]).div_(STD[:, None, None]).transpose(0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to read one clip of each video."""
+
+    files: str
+    name: str
+    repeat: int
+    read_all: Callable[[int], object]
+    """Read from every video, in the given epoch."""
+
+
+def arms_of(film: videos.Film, entries: dict[str, Sequence[Entry]], decoders: Sequence[DecoderName]) -> list[Arm]:
+    """Every arm on the originals ("original") and the prepared files ("prepared")."""
+    originals = entries["original"]
+
+    def all_by(read: Callable[[videos.Film, str, int, int], Tensor]) -> Callable[[int], object]:
+        return lambda epoch: [read(film, entry.path, epoch, i) for i, entry in enumerate(originals)]
+
+    def ours(files: str, decoder: DecoderName, repeat: int) -> Callable[[int], object]:
+        config = DataConfig(stride=film.stride, decoder=decoder, repeat=repeat)
+        clips = PretrainClips(entries[files], config, NUM_FRAMES, FRAME_SIZE, SEED)
+        first = len(clips.entries)
+        return lambda epoch: [clips[epoch * first + i].video for i in range(first)]
+
+    arms = [Arm("original", "plain", 1, all_by(read_plain))]
+    arms.append(Arm("original", "published-like", 1, all_by(read_like_published)))
+    for files, decoder, repeat in itertools.product(entries, decoders, REPEATS):
+        arms.append(Arm(files, f"ours-{decoder}", repeat, ours(files, decoder, repeat)))
+    return arms
+
+
+def frames_decoded(film: videos.Film, files: str, entries: Sequence[Entry], epoch: int) -> int:
+    """Pictures that a decoder has to make for one clip of each video: from the last key frame before it on."""
+    keyint = KEYINT if files == "prepared" else film.keyint
+    total = 0
+    for i, entry in enumerate(entries):
+        with closing(open_entry(entry, "pyav")) as video:
+            ids = plan_of(film, video.num_frames, film.height, film.width, epoch, i).frame_ids
+        # Where a whole group of pictures lies between two frames of the clip, a decoder may leave it out.
+        total += ids[-1] - ids[0] // keyint * keyint + 1
+    return total
+
+
+def measure(
+    film: videos.Film,
+    entries: dict[str, Sequence[Entry]],
+    decoders: Sequence[DecoderName],
+    rounds: int,
+    say: command.Say,
+) -> list[Row]:
+    """All arms in one process, in turns."""
+    num_videos = len(entries["original"])
+    arms = arms_of(film, entries, decoders)
+    seconds: dict[int, list[float]] = {i: [] for i in range(len(arms))}
+    cpu = dict.fromkeys(seconds, 0.0)
+    for epoch in range(rounds + 1):
+        say(f"{film.name}: one process, round {epoch} of {rounds}")
+        for i, arm in enumerate(arms):
+            wall, used = time.perf_counter(), time.process_time()
+            arm.read_all(epoch)
+            if epoch:  # the first one warms up
+                seconds[i].append(time.perf_counter() - wall)
+                cpu[i] += time.process_time() - used
+    decoded = {
+        files: sum(frames_decoded(film, files, of, epoch) for epoch in range(1, rounds + 1))
+        for files, of in entries.items()
+    }
+    rows = []
+    for i, arm in enumerate(arms):
+        clips = arm.repeat * num_videos
+        timing = summarize(seconds[i], "passes over all videos")
+        rows.append({
+            "data": film.name, "files": arm.files, "arm": arm.name, "repeat": arm.repeat, "workers": 0,
+            "clips_per_s": clips * rounds / sum(seconds[i]),
+            "decoded_frames_per_s": decoded[arm.files] / sum(seconds[i]),
+            "cpu_s_per_clip": cpu[i] / (clips * rounds),
+            "ms": timing.median / clips * 1e3, "ms_p20": timing.p20 / clips * 1e3, "ms_p80": timing.p80 / clips * 1e3,
+        })  # fmt: skip
+    return rows
+
+
+def measure_workers(
+    film: videos.Film,
+    files: str,
+    entries: Sequence[Entry],
+    decoder: DecoderName,
+    repeat: int,
+    num_workers: int,
+    num_batches: int,
+) -> Row:
+    """Batches of eight clips through the worker processes of training, the first ones not timed."""
+    config = PretrainConfig(
+        model=ModelConfig(num_frames=NUM_FRAMES, frame_size=FRAME_SIZE),
+        data=DataConfig(stride=film.stride, decoder=decoder, repeat=repeat, num_workers=num_workers),
+        train=TrainConfig(batch_size=BATCH, steps=1),
+    )
+    warm_up = 1 + num_workers  # what was decoded while the workers started
+    with closing(clip_batches(config, entries, 0, warm_up + num_batches)) as batches:
+        for _ in range(warm_up):
+            next(batches)
+        start = time.perf_counter()
+        for _ in batches:
+            pass
+        seconds = time.perf_counter() - start
+    return {
+        "data": film.name, "files": files, "arm": f"ours-{decoder}", "repeat": repeat, "workers": num_workers,
+        "clips_per_s": BATCH * num_batches / seconds,
+    }  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Render, prepare, measure, print, write."""
+    options = options_of(arguments)
+    taken = conditions.collect(torch.device("cpu"))
+    torch.set_num_threads(1)  # as in a data worker
+    num_videos, num_frames = (3, 60) if options.quick else (options.videos, None)
+    rounds, num_batches = (1, 2) if options.quick else (options.rounds, 12)
+    rows: list[Row] = []
+    prepared: dict[str, Row] = {}
+    films = (videos.K400, videos.SSV2)
+    with tempfile.TemporaryDirectory() as scratch, command.progress(len(films) * 4) as (say, advance):
+        for film in films:
+            say(f"{film.name}: rendering {num_videos} videos")
+            manifest = videos.write(film, Path(scratch) / film.name, num_videos, num_frames)
+            advance()
+            say(f"{film.name}: preparing them")
+            out, used = Path(scratch) / f"{film.name}-prepared", time.perf_counter()
+            prepare(str(manifest), str(out), keyint=KEYINT)
+            prepared[film.name] = sizes(manifest, out, time.perf_counter() - used, num_videos)
+            advance()
+            entries = {"original": read_manifest(str(manifest)), "prepared": read_manifest(str(out))}
+            rows += measure(film, entries, ("decord", "pyav"), rounds, say)
+            advance()
+            for (files, of), decoder, repeat, workers in itertools.product(
+                entries.items(), worker_decoders(), (1, 4), WORKERS
+            ):
+                say(f"{film.name}: {files}, {decoder}, repeat {repeat}, {workers} workers")
+                rows.append(measure_workers(film, files, of, decoder, repeat, workers, num_batches))
+            advance()
+    goals = judge(rows)
+    show(rows, goals)
+    command.finish(
+        "data",
+        {"conditions": taken, "videos": num_videos, "prepared": prepared, "rows": rows, "goals": goals},
+        options,
+    )
+    return 0
+
+
+BATCH = 8
+"""Clips of a batch, repeats counted."""
+
+WORKERS = (1, 2)
+
+
+def worker_decoders() -> list[DecoderName]:
+    """decord, and DALI where it is installed."""
+    return ["decord", *(["dali"] if importlib.util.find_spec("nvidia.dali") else [])]
+
+
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.data", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="three short videos, one round; writes no file of its own")
+    parser.add_argument("--out", type=Path, help="folder of the result file (default: bench/results)")
+    parser.add_argument("--videos", type=int, default=8, help="videos of each data set")
+    parser.add_argument("--rounds", type=int, default=8, help="timed passes over all videos of every arm")
+    options = parser.parse_args(arguments)
+    for key in ("videos", "rounds"):
+        if getattr(options, key) < 1:
+            raise ValueError(f"--{key} {getattr(options, key)}: choose at least 1")
+    return options
+
+
+def sizes(manifest: Path, out: Path, seconds: float, num_videos: int) -> Row:
+    """What preparing costs: seconds and bytes a video, before and after."""
+
+    def total(folder: Path, pattern: str) -> int:
+        return sum(path.stat().st_size for path in folder.glob(pattern))
+
+    return {
+        "seconds_per_video": seconds / num_videos,
+        "original_bytes_per_video": total(manifest.parent, f"{manifest.parent.name}-*") / num_videos,
+        "prepared_bytes_per_video": total(out, "*.tar") / num_videos,
+    }
+
+
+def judge(rows: Sequence[Row]) -> list[Row]:
+    """Ratios of clips a second in one process, and the least that was aimed at."""
+    speed = {(r["data"], r["files"], r["arm"], r["repeat"]): r["clips_per_s"] for r in rows if not r["workers"]}
+    goals = []
+    for text, data, mine, theirs, least in GOALS:
+        ratio = speed[data, *mine] / speed[data, *theirs]
+        goals.append({"goal": f"{text} ({data})", "least": least, "measured": ratio, "met": ratio >= least})
+    return goals
+
+
+def show(rows: Sequence[Row], goals: Sequence[Row]) -> None:
+    """Tables on the screen."""
+    table = Table("data", "files", "arm", "repeat", "workers", "clips/s", "decoded frames/s", "CPU ms a clip")
+    for row in rows:
+        frames = f"{row['decoded_frames_per_s']:.0f}" if "decoded_frames_per_s" in row else ""
+        cpu = f"{1e3 * row['cpu_s_per_clip']:.1f}" if "cpu_s_per_clip" in row else ""
+        names = (row["data"], row["files"], row["arm"], str(row["repeat"]), str(row["workers"]))
+        table.add_row(*names, f"{row['clips_per_s']:.1f}", frames, cpu)
+    console = Console()
+    console.print(table)
+    for goal in goals:
+        console.print(
+            f"{goal['goal']}: {goal['measured']:.2f}, at least {goal['least']}: {'met' if goal['met'] else 'MISSED'}"
+        )
+
+
+if __name__ == "__main__":
+    command.run(main)

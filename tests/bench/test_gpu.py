@@ -1,0 +1,125 @@
+"""The plan of a GPU machine: the whole of it rehearsed on the CPU, and going on where it was cut off."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import arms, conditions, gpu
+
+
+def result(out: Path, name: str) -> dict:
+    (path,) = out.glob(f"{name}_*.json")
+    return json.loads(path.read_text())
+
+
+def test_a_rehearsal_runs_the_whole_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One test, so that parallel processes rehearse once. The build is left out: others are using the library."""
+    plan = gpu.steps
+    monkeypatch.setattr(gpu, "steps", lambda *a, **k: [step for step in plan(*a, **k) if step.name != "build"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the rehearsal sets, and this takes back
+    assert gpu.main(["--rehearsal", "--out", str(tmp_path)]) == 0
+    state = json.loads((tmp_path / gpu.STATE).read_text())
+    assert state["failed"] == {}
+    assert ["build", *state["done"]] == [step.name for step in plan(tmp_path, rehearsal=False, published=None)]
+    assert {each["status"] for each in state["done"].values()} == {0}
+    assert len([path for path in tmp_path.iterdir() if path.is_file()]) <= gpu.MAX_FILES
+    check_step(result(tmp_path, "step"))
+    check_the_rest(tmp_path)
+    check_report(tmp_path)
+
+
+def check_step(line: dict) -> None:
+    """Both batch sizes are in one file."""
+    rows = {(row["arm"], row["batch"]): row for row in line["rows"]}
+    assert len(rows) == len(line["rows"]) == 9
+    assert ("tuned+compile", 2) in rows
+    for batch in (1, 2):
+        base, ours = rows["published-like-fp32", batch], rows["ours-none", batch]
+        assert line["speedup"][str(batch)]["ours-none"] == pytest.approx(base["ms"] / ours["ms"], rel=1e-2)
+        assert ours["saved_bytes_per_clip"] < base["saved_bytes_per_clip"]
+        assert ours["reads"] == 0
+        assert ours["cpu_ms"] > 0
+        assert base["attention_ran"] == {}
+        blocks = sum(rows["tuned", batch]["attention_ran"].values())
+        assert sum(ours["attention_ran"].values()) == blocks > 0
+
+
+def check_the_rest(out: Path) -> None:
+    """Memory, throughput, profile, kernels."""
+    memory = result(out, "memory")
+    for row in memory["rows"]:
+        assert row["ours-none"] == row["predicted-none"] < row["published"]
+    assert memory["largest_batch"]["ours-fc1"] > memory["largest_batch"]["ours-none"] > 0
+    assert {row["strategy"] for row in result(out, "throughput")["rows"]} == {"adaptive", "tube", "random", "frame"}
+    assert result(out, "profile")["rows"][0]["reads"] == 0
+    (kernels,) = out.glob("kernels_*.csv")
+    operations = [line.partition(",")[0] for line in kernels.read_text().splitlines()[1:]]
+    assert set(operations) == {"sample_visible", "gather_tokens"}
+
+
+def check_report(out: Path) -> None:
+    """Figures and pictures of all of it."""
+    text = (out / "page" / "results.md").read_text()
+    assert all(f"{row['ms']:.1f} [" in text for row in result(out, "step")["rows"])
+    assert "| (c) decoder | 8 blocks | 21.3 | published-like-fp32 |" in text
+    assert text.count("A quick run at tiny sizes") == 5
+    assert "| gather_tokens | full | cpp |" in text
+    pictures = sorted((out / "page" / "results").iterdir())
+    assert [path.name.partition("_")[0] for path in pictures] == ["memory", "step", "throughput"]
+    assert all(f"(results/{path.name})" in text for path in pictures)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_the_plan_fits_its_minutes() -> None:
+    for published in (None, "checkout"):
+        todo = gpu.steps(Path("out"), rehearsal=False, published=published)
+        assert sum(step.share for step in todo) <= gpu.BUDGET == 540
+        assert sum(step.share for step in todo if step.name in ("kernels", "tests")) < 300
+        assert len({step.name for step in todo}) == len(todo)  # a name tells what is done
+
+
+def writes(out: Path, name: str, status: int = 0) -> gpu.Step:
+    log = f"import pathlib, sys; pathlib.Path({str(out)!r}, 'log').open('a').write({name!r}); sys.exit({status})"
+    return gpu.Step(name, ("-c", log), 10)
+
+
+def test_measurements_go_on_where_they_were_cut_off(tmp_path: Path) -> None:
+    todo = [writes(tmp_path, "a"), writes(tmp_path, "b", status=3), writes(tmp_path, "c")]
+    state = gpu.run_all(todo, tmp_path, 60, "commit-1")
+    assert set(state["done"]) == {"a", "c"}
+    assert state["failed"] == {"b": "exit status 3"}
+    todo[1] = writes(tmp_path, "b")
+    state = gpu.run_all(todo, tmp_path, 60, "commit-1")
+    assert state["failed"] == {}
+    assert (tmp_path / "log").read_text() == "abcb"
+    gpu.run_all(todo, tmp_path, 60, "commit-2")
+    assert (tmp_path / "log").read_text() == "abcbabc"
+
+
+def test_a_step_is_not_begun_without_time_and_cut_off_after_it(tmp_path: Path) -> None:
+    slow = gpu.Step("slow", ("-c", "import time; time.sleep(60)"), 1)
+    state = gpu.run_all([slow, writes(tmp_path, "late")], tmp_path, 2, "commit")
+    assert state["failed"]["slow"].startswith("cut off after")
+    assert state["failed"]["late"].startswith("not begun")
+    assert not (tmp_path / "log").exists()
+
+
+def test_arms_of_the_plan_exist() -> None:
+    cuda = torch.device("cuda")
+    for published, prefix in ((None, "published-like"), ("checkout", "published")):
+        baselines = {f"{prefix}-{precision}" for precision in arms.plan_for(cuda, None).precisions}
+        known = baselines | {"tuned", "tuned+compile", *arms.our_options(cuda)}
+        named = [step.command for step in gpu.steps(Path("out"), rehearsal=False, published=published)]
+        for command in named:
+            if "--arm" in command:
+                assert set(command[command.index("--arm") + 1 :]) <= known
+        assert baselines <= set().union(*named)
+
+
+def test_files_of_the_plan_exist() -> None:
+    for rehearsal in (True, False):
+        for each in gpu.steps(Path("out"), rehearsal=rehearsal, published=None):
+            files = [word for word in each.command if word.startswith("tests/")]
+            assert all((conditions.ROOT / file).exists() for file in files)

@@ -1,0 +1,67 @@
+"""docs/results.md and the README's figures are what the result files say, and what no file holds is not measured."""
+
+from pathlib import Path
+
+from bench import report
+
+
+def a_step(device: str, driver: str, **memory: int) -> report.Result:
+    """A result of two arms, the second twice as fast."""
+    machine = {"device": device, "cores": "2", "torch": "2.13", "driver": driver}
+    counts = {"reads": 0, "reads_by_optimizer": 0, "waits": 0, "launches": 0, "mfu": 0.25, "clips_per_s": 8.0}
+    times = {"ms_p20": 1.0, "ms_p80": 9.0, "cpu_ms": 3.0}
+    attention = {"attention_ran": {"aten::_scaled_dot_product_flash_attention": 17}}
+    rows = [
+        {"arm": arm, "batch": 16, "ms": ms, **times, **counts, **memory, **attention}
+        for arm, ms in (("published-fp16", 90.0), ("ours-none", 45.0))
+    ]
+    return {
+        "conditions": {**machine, "commit": "abc", "date": "2026-01-02", "load": "0.1"},
+        "file": "step_x",
+        "quick": False,
+        "model": "base",
+        "gflop_per_clip": 254.4,
+        "rows": rows,
+        "skipped": {},
+        "speedup_over": "published-fp16",
+        "speedup": {"16": {"published-fp16": 1.0, "ours-none": 2.0}},
+    }
+
+
+def test_the_page_is_generated_from_the_committed_results() -> None:
+    """``python -m bench.report`` writes it again."""
+    found = report.read(report.RESULTS)
+    assert found
+    assert report.PAGE.read_text() == report.page(found)
+    for pictures in report.pictures_of(found).values():
+        assert all((report.PAGE.parent / picture).is_file() for picture in pictures)
+
+
+def test_the_readmes_figures_are_those_of_the_committed_results() -> None:
+    readme = report.README.read_text()
+    assert readme == report.with_headline(readme, report.read(report.RESULTS))
+
+
+def test_other_results_are_another_headline() -> None:
+    found = {"step": [a_step("H200", "570", allocated_bytes=5_600_000_000, reserved_bytes=6_000_000_000)]}
+    readme = report.with_headline(report.README.read_text(), found)
+    assert readme != report.README.read_text()
+    assert "| published-fp16 | 16 | 90.0 | 1.00 | 5.60 |\n| ours-none | 16 | 45.0 | 2.00 | 5.60 |" in readme
+    assert "device H200; cores 2; torch 2.13; driver 570; commit abc; date 2026-01-02; load 0.1." in readme
+    assert "A whole training step is not measured on a CPU yet." in readme
+    assert report.with_headline(readme, found) == readme
+    text = report.page(found)
+    assert "* published-fp16, ours-none: `_scaled_dot_product_flash_attention` 17 times\n" in text
+    assert "![A training step](results/step_x.png)" in text
+
+
+def test_a_quick_run_is_no_headline() -> None:
+    quick = {**a_step("Xeon", "", saved_bytes_per_clip=1, peak_extra_bytes=1), "quick": True}
+    assert report.headline({"step": [quick]}) == report.headline({})
+    assert "A quick run at tiny sizes" in report.page({"step": [quick]})
+
+
+def test_a_report_without_results_says_so(tmp_path: Path) -> None:
+    assert report.main(["--results", str(tmp_path), "--page", str(tmp_path / "results.md")]) == 0
+    text = (tmp_path / "results.md").read_text()
+    assert text.count("This is measured neither on a GPU nor on a CPU yet.") == len(report.SECTIONS)
