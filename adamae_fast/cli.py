@@ -67,7 +67,7 @@ def _synth(parser: ArgumentParser, arguments: Namespace) -> int:
 def _check_arguments(parser: ArgumentParser) -> None:
     from adamae_fast.data.check import check_manifest
 
-    parser.add_argument("manifest", type=str, help="An annotation file, or a folder of videos.")
+    parser.add_argument("manifest", type=str, help="An annotation file, a folder of videos, or a prepared folder.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object in place of the table.")
     parser.add_function_arguments(check_manifest, skip={"manifest", "json"})
 

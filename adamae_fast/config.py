@@ -218,7 +218,8 @@ class DataConfig:
     """Where clips come from and how they are cut."""
 
     manifest: str = ""
-    """An annotation file (formats: ``docs/data.md``) or a folder that is searched for videos."""
+    """An annotation file (formats: ``docs/data.md``), a folder that is searched for videos, or one that data prepare
+    wrote."""
 
     root: str | None = None
     """Folder that relative paths of the manifest start from; the manifest's own folder if null."""

@@ -57,10 +57,10 @@ class CheckedVideo:
 def check_manifest(manifest: str, root: str | None = None, decoder: DecoderName = "auto", json: bool = False) -> int:
     """Print a table of all videos of a manifest, or one JSON object, and say what is unreadable and why.
 
-    Of each video the first, the middle and the last frame are decoded.
+    Of each video the first, the middle and the last frame are decoded. Of prepared videos the checksums are compared.
 
     Args:
-        manifest: an annotation file, or a folder of videos.
+        manifest: an annotation file, a folder of videos, or a prepared folder.
         root: folder that relative paths start from; the manifest's own folder if null.
         decoder: auto: decord where it is installed and reads the right frames, otherwise PyAV; or that one only; dali:
             read as with auto, and say which videos DALI would decode on this machine, and why not the others.

@@ -326,7 +326,8 @@ class EncodedVideo:
             return [], []
         codec = self._stream.codec_context
         if codec.name == "h264":
-            disposable, others = set(), set(needed)
+            disposable: set[int | None] = set()
+            others: set[int | None] = set(needed)
             for packet in packets:
                 is_disposable = is_h264_disposable(packet, codec.extradata)
                 (disposable if is_disposable else others).add(packet.pts)

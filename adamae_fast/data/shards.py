@@ -124,12 +124,9 @@ class PreparedIndex:
 
 def find_index(path: str) -> Path | None:
     """The index of a prepared folder, given the folder or the index itself; None if ``path`` is neither."""
-    try:
-        given = Path(os.path.expanduser(path))
-        index = given if given.name == INDEX_NAME else given / INDEX_NAME
-        return index if index.is_file() else None
-    except ValueError:  # a null byte
-        return None
+    given = Path(os.path.expanduser(path))
+    index = given if given.name == INDEX_NAME else given / INDEX_NAME
+    return index if path and index.is_file() else None
 
 
 def read_prepared(index: Path) -> list[tuple[PreparedVideo, int | None]]:
