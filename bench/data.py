@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import tempfile
 import time
@@ -34,6 +33,7 @@ from torch.nn import functional as F
 
 from adamae_fast.config import DataConfig, DecoderName, ModelConfig, PretrainConfig, TrainConfig
 from adamae_fast.data.clips import ClipPlan, plan_clip
+from adamae_fast.data.dali import dali_is_installed
 from adamae_fast.data.dataset import PretrainClips
 from adamae_fast.data.decode import open_entry
 from adamae_fast.data.loader import clip_batches
@@ -277,7 +277,7 @@ WORKERS = (1, 2)
 def worker_arms(film: videos.Film) -> list[tuple[str, DecoderName]]:
     """Kinds of files and decoders; DALI where it is installed and decodes these videos without a GPU."""
     arms: list[tuple[str, DecoderName]] = [("original", "pyav"), ("prepared", "pyav")]
-    if film.codec == "libvpx-vp9" and importlib.util.find_spec("nvidia.dali"):
+    if film.codec == "libvpx-vp9" and dali_is_installed():
         arms.append(("original", "dali"))
     return arms
 
