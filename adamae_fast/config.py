@@ -25,7 +25,7 @@ SamplerKind = Literal["attention", "mlp"]
 MaskStrategyName = Literal["adaptive", "random", "tube", "frame"]
 ErrorKind = Literal["mse", "l1"]
 TargetKind = Literal["normalized", "raw", "mae_st"]
-DecoderName = Literal["auto", "decord", "pyav"]
+DecoderName = Literal["auto", "decord", "pyav", "dali"]
 CropKind = Literal["multi_scale", "random_resized", "center"]
 Precision = Literal["fp32", "bf16", "fp16"]
 AttentionName = Literal[
@@ -225,8 +225,8 @@ class DataConfig:
     """Folder that relative paths of the manifest start from; the manifest's own folder if null."""
 
     decoder: DecoderName = "auto"
-    """auto: the fastest that reads everything, which is PyAV; pyav, decord: that one. What decord cannot read:
-    docs/data.md."""
+    """auto: the fastest that reads everything, which is PyAV; pyav, decord: that one; dali: NVIDIA DALI decodes and
+    crops on train.device, and what it cannot decode there is read as with auto. What each can read: docs/data.md."""
 
     stride: int = 4
     """Distance between two frames of a clip, in frames of the video."""

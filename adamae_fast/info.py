@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from adamae_fast.data import nvdec
+from adamae_fast.data.dali import CPU_CODECS, DALI_INSTALL, dali_is_installed
 from adamae_fast.device import describe_device
 from adamae_fast.ops import library, triton_kernels
 from adamae_fast.ops.attention_backends import BACKENDS, PACKAGES, AttentionProblem, reason_missing
@@ -84,7 +87,8 @@ def _backends() -> list[Backend]:
         _triton(),
         *(_attention(name) for name in PACKAGES),
         _apex(),
-        _planned("nvidia.dali", "video decoding on the GPU", "nvidia-dali-cuda130"),
+        _dali(),
+        _nvdec(),
     ]
 
 
@@ -107,7 +111,8 @@ def _package(module: str, purpose: str) -> Backend:
         return Backend(module, purpose, False, missing if error.name == module else f"not usable: {error}")
     except Exception as error:  # a broken binary raises anything, and this command exists to say what
         return Backend(module, purpose, False, f"not usable: {type(error).__name__}: {error}")
-    return Backend(module, purpose, True, importlib.metadata.version(module))
+    version = getattr(sys.modules[module], "__version__", None) or importlib.metadata.version(module)
+    return Backend(module, purpose, True, version)
 
 
 def _triton() -> Backend:
@@ -136,10 +141,21 @@ def _apex() -> Backend:
     return Backend("apex", "fused optimizer and LayerNorm, if asked for", len(missing) < len(parts), "; ".join(details))
 
 
-def _planned(name: str, purpose: str, distribution: str) -> Backend:
-    """A package that a later version will use: installing it changes nothing now."""
-    try:
-        state = f"{importlib.metadata.version(distribution)} is installed"
-    except importlib.metadata.PackageNotFoundError:
-        state = "not installed, and not missed"
-    return Backend(name, purpose, False, f"not used by this version: {state}")
+def _dali() -> Backend:
+    """DALI, and what it would decode with."""
+    name, purpose = "nvidia.dali", "video decoding and crops on the GPU, if asked for"
+    if not dali_is_installed():
+        return Backend(name, purpose, False, f"not installed: {DALI_INSTALL}")
+    package = _package(name, purpose)
+    if not package.available:
+        return package
+    return Backend(name, purpose, True, f"{package.detail}; without a GPU it decodes {', '.join(CPU_CODECS)}")
+
+
+def _nvdec() -> Backend:
+    """The GPU's video decoder, which the driver brings."""
+    reason = nvdec.reason_missing()
+    if reason is None and not torch.cuda.is_available():
+        reason = f"{nvdec.LIBRARY} is there, but there is no CUDA device"
+    codecs = "" if reason else ", ".join(nvdec.decodable(torch.device("cuda", torch.cuda.current_device())))
+    return Backend("nvdec", "decodes for DALI on the GPU", reason is None, reason or codecs)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "adamae_fast").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
-BASE = {"config", "device", "errors", "grid", "run_folder", "tensor_file", "version"}
+BASE = {"config", "config_finetune", "device", "errors", "grid", "run_folder", "tensor_file", "version"}
 """Modules that know nothing of any part."""
 
 ALLOWED = {
@@ -34,6 +34,7 @@ OPTIONAL = {
     "decord",
     "flash_attn",
     "flash_attn_interface",
+    "kornia",
     "matplotlib",
     "nvidia.dali",
     "tensorboard",

@@ -15,8 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from adamae_fast.config import DecoderName
+from adamae_fast.data.dali import Suitability
+from adamae_fast.data.dataset import ReasonAgainst
 from adamae_fast.data.decode import VideoError, open_entry, require_decoder
 from adamae_fast.data.manifest import Entry, read_manifest
+from adamae_fast.device import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class CheckedVideo:
     """Seconds; None for images."""
 
     decoder: str | None = None
-    """What read it: decord, pyav or pillow."""
+    """What read it: decord, pyav or pillow; or dali, which would decode it here. With --decoder dali, also why not."""
 
     problem: str | None = None
     """Why it is unreadable; None if it is not."""
@@ -59,7 +62,8 @@ def check_manifest(manifest: str, root: str | None = None, decoder: DecoderName 
     Args:
         manifest: an annotation file, a folder of videos, or a prepared folder.
         root: folder that relative paths start from; the manifest's own folder if null.
-        decoder: auto: decord where it is installed and reads the right frames, otherwise PyAV; or that one only.
+        decoder: auto: decord where it is installed and reads the right frames, otherwise PyAV; or that one only; dali:
+            read as with auto, and say which videos DALI would decode on this machine, and why not the others.
         json: print {manifest, videos, readable, unreadable, rows} in place of the table.
 
     Returns:
@@ -70,9 +74,10 @@ def check_manifest(manifest: str, root: str | None = None, decoder: DecoderName 
         ValueError: the decoder is not installed.
     """
     require_decoder(decoder)
+    reason_against = Suitability(pick_device("auto")).reason_against if decoder == "dali" else None
     entries = list(dict.fromkeys(read_manifest(manifest, root)))
     with Progress(console=Console(file=sys.stderr), transient=True) as progress:
-        rows = [_check(entry, decoder) for entry in progress.track(entries, description="checking")]
+        rows = [_check(entry, decoder, reason_against) for entry in progress.track(entries, description="checking")]
     num_unreadable = sum(row.problem is not None for row in rows)
     if json:
         totals = {"videos": len(rows), "readable": len(rows) - num_unreadable, "unreadable": num_unreadable}
@@ -82,7 +87,7 @@ def check_manifest(manifest: str, root: str | None = None, decoder: DecoderName 
     return int(num_unreadable > 0)
 
 
-def _check(entry: Entry, decoder: DecoderName) -> CheckedVideo:
+def _check(entry: Entry, decoder: DecoderName, reason_against: ReasonAgainst | None) -> CheckedVideo:
     row = CheckedVideo(path=entry.path)
     try:
         with closing(open_entry(entry, decoder)) as video:
@@ -91,6 +96,9 @@ def _check(entry: Entry, decoder: DecoderName) -> CheckedVideo:
             for place in dict.fromkeys((0, frames // 2, frames - 1)):
                 _, height, width, _ = video.read([place]).shape
                 row = replace(row, height=height, width=width, decoder=video.decoder)
+            if reason_against is not None:
+                reason = reason_against(video)
+                row = replace(row, decoder=f"{video.decoder}, not dali: {reason}" if reason else "dali")
     except VideoError as error:
         return replace(row, problem=error.reason)
     return row

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from adamae_fast.config import CropKind, DataConfig
 
-Purpose = Literal["clip", "order", "replacement"]
-_PURPOSES: tuple[Purpose, ...] = ("clip", "order", "replacement")
+Purpose = Literal["clip", "order", "replacement", "segments", "augment"]
+_PURPOSES: tuple[Purpose, ...] = ("clip", "order", "replacement", "segments", "augment")
 
 MULTI_SCALES = (1.0, 0.875, 0.75, 0.66)
 """Sides of a multi-scale crop as shares of the frame's short side."""

@@ -1,4 +1,4 @@
-"""The endless stream of clips that pre-training sees: position → clip, a pure function of the seed.
+"""The endless stream of clips that training sees: position → clip, a pure function of the seed.
 
 Letters: T frames, S the clip's side in pixels.
 """
@@ -6,9 +6,10 @@ Letters: T frames, S the clip's side in pixels.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adamae_fast.config import DataConfig
-from adamae_fast.data.clips import apply_view, draw_replacement, epoch_order, plan_clip
-from adamae_fast.data.decode import VideoError, open_entry, require_decoder
+from adamae_fast.data.clips import ClipPlan, apply_view, draw_replacement, epoch_order, plan_clip
+from adamae_fast.data.decode import EncodedVideo, VideoError, VideoFile, open_entry, require_decoder
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError
 
@@ -25,7 +26,7 @@ MAX_ATTEMPTS = 10
 """Videos tried for one clip before the run stops."""
 
 NOTHING = -1
-"""The entry in :attr:`PretrainClips.decoding` between two videos."""
+"""The entry in :attr:`Videos.decoding` between two videos."""
 
 
 class NoReadableVideoError(DataStoppedError):
@@ -49,10 +50,10 @@ class DecodeCost(NamedTuple):
 
 
 class ClipSample(NamedTuple):
-    """The crops of one decoded range of one video."""
+    """What is cut from one decoded video."""
 
     video: Tensor
-    """uint8 (repeat, 3, T, S, S)."""
+    """uint8 (clips, 3, T, S, S)."""
 
     bad: tuple[BadVideo, ...]
     """Videos that were to be seen here and could not be read."""
@@ -60,8 +61,105 @@ class ClipSample(NamedTuple):
     decode: DecodeCost
     """Of the video that was read."""
 
+    shown: int
+    """Index of the entry that was read."""
 
-class PretrainClips:
+    not_encoded: str = ""
+    """Why it was decoded here where another decoder was to do it."""
+
+
+class VideoKind(NamedTuple):
+    """What decides whether a decoder can be used at all."""
+
+    codec: str
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, video: EncodedVideo) -> Self:
+        """The kind of an open video."""
+        return cls(video.codec, video.width, video.height)
+
+    def __str__(self) -> str:
+        return f"{self.codec} of {self.width}×{self.height}"
+
+
+class EncodedClip(NamedTuple):
+    """A video as it is stored, and what is to be decoded of it."""
+
+    path: str
+    content: bytes
+    plan: ClipPlan
+    kind: VideoKind
+
+
+class EncodedSample(NamedTuple):
+    """In place of :class:`ClipSample` where another process decodes."""
+
+    clip: EncodedClip
+    bad: tuple[BadVideo, ...]
+    """Videos that were to be seen here and could not be read."""
+
+    shown: int
+    """Index of the entry that ``clip`` holds."""
+
+
+ReasonAgainst = Callable[[VideoFile], str | None]
+"""Says why another process is not to decode a video; None if it is."""
+
+
+class Videos(ABC):
+    """What a data set that decodes has: its videos, those that it must not open, and word of what it is decoding.
+
+    Args:
+        entries: the manifest.
+        config: the decoder, and what the data set itself looks up.
+        num_frames: T.
+        frame_size: S.
+        known_crashers: path and reason of videos that must not be opened: they count as unreadable. A copy is taken.
+
+    Raises:
+        ValueError: no entries, or a decoder that is not installed.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        config: DataConfig,
+        num_frames: int,
+        frame_size: int,
+        known_crashers: Mapping[str, str] | None = None,
+    ) -> None:
+        if not entries:
+            raise ValueError("entries=[]: clips need at least one video")
+        require_decoder(config.decoder)
+        self.entries = entries
+        self.config = config
+        self.num_frames = num_frames
+        self.frame_size = frame_size
+        self.crashers = dict(known_crashers or {})
+        """Grows by what crashes a worker; new workers start with a copy."""
+        self.decoding = torch.tensor([NOTHING, 0])
+        """int64 (2,): index of the entry that is being decoded, and how many were begun. A worker shares it with its
+        parent, which outlives it."""
+
+    @abstractmethod
+    def __getitem__(self, number: int) -> ClipSample:
+        """The clips of one video; what ``number`` counts is the data set's own matter."""
+
+    @contextmanager
+    def _open(self, index: int) -> Iterator[VideoFile]:
+        """Open an entry, and leave word of it. What reads the video raises VideoError."""
+        self.decoding[1] += 1
+        self.decoding[0] = index
+        try:
+            with closing(open_entry(self.entries[index], self.config.decoder)) as video:
+                yield video
+        finally:
+            self.decoding[0] = NOTHING
+
+
+class PretrainClips(Videos):
     """Clips by their position in the stream; for a DataLoader whose sampler says which positions.
 
     Position p shows video ``order(epoch)[p % len(entries)]`` with epoch ``p // len(entries)``; each epoch has an order
@@ -88,19 +186,8 @@ class PretrainClips:
         seed: int,
         known_crashers: Mapping[str, str] | None = None,
     ) -> None:
-        if not entries:
-            raise ValueError("entries=[]: a stream of clips needs at least one video")
-        require_decoder(config.decoder)
-        self.entries = entries
-        self.config = config
-        self.num_frames = num_frames
-        self.frame_size = frame_size
+        super().__init__(entries, config, num_frames, frame_size, known_crashers)
         self.seed = seed
-        self.crashers = dict(known_crashers or {})
-        """Grows by what crashes a worker; new workers start with a copy."""
-        self.decoding = torch.tensor([NOTHING, 0])
-        """int64 (2,): index of the entry that is being decoded, and how many were begun. A worker shares it with its
-        parent, which outlives it."""
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
     def __getitem__(self, position: int) -> ClipSample:
@@ -109,6 +196,15 @@ class PretrainClips:
         An unreadable video is replaced by another one, drawn for this place, and reported in ``bad``. Raises
         NoReadableVideoError when ten videos, or all there are, were unreadable.
         """
+        sample = self._first_readable(position, None)
+        assert isinstance(sample, ClipSample)
+        return sample
+
+    def read_encoded(self, reason_against: ReasonAgainst, position: int) -> ClipSample | EncodedSample:
+        """The same video range undecoded, unless ``reason_against`` has a reason. Raises NoReadableVideoError alike."""
+        return self._first_readable(position, reason_against)
+
+    def _first_readable(self, position: int, reason_against: ReasonAgainst | None) -> ClipSample | EncodedSample:
         epoch, place = divmod(position, len(self.entries))
         sample = int(self._epoch_order(epoch)[place])
         bad: dict[int, BadVideo] = {}
@@ -119,8 +215,8 @@ class PretrainClips:
                 bad[tried] = BadVideo(path, self.crashers[path], crashed=True)
             else:
                 try:
-                    crops, cost = self._crops(tried, epoch, sample)
-                    return ClipSample(crops, tuple(bad.values()), cost)
+                    read = self._read(tried, epoch, sample, reason_against)
+                    return read._replace(bad=tuple(bad.values()))
                 except VideoError as error:
                     bad[tried] = BadVideo(error.path, error.reason)
             if len(bad) == min(MAX_ATTEMPTS, len(self.entries)):
@@ -132,27 +228,33 @@ class PretrainClips:
             self._order = epoch, epoch_order(self.seed, epoch, len(self.entries))
         return self._order[1]
 
-    def _crops(self, index: int, epoch: int, sample: int) -> tuple[Tensor, DecodeCost]:
-        """All crops of one range of frames of an entry, uint8 (repeat, 3, T, S, S), and what that range cost."""
+    def _read(
+        self, index: int, epoch: int, sample: int, reason_against: ReasonAgainst | None
+    ) -> ClipSample | EncodedSample:
+        """All crops of one range of frames of an entry, or its bytes where nothing speaks against that."""
         start = time.perf_counter()
-        self.decoding[1] += 1
-        self.decoding[0] = index
-        try:
-            with closing(open_entry(self.entries[index], self.config.decoder)) as video:
-                plan = plan_clip(
-                    self.config,
-                    self.seed,
-                    epoch,
-                    sample,
-                    num_frames=self.num_frames,
-                    frame_size=self.frame_size,
-                    total_frames=video.num_frames,
-                    height=video.height,
-                    width=video.width,
-                )
-                frames_THWC = video.read(plan.frame_ids)
-                num_decoded = video.num_decoded
-        finally:
-            self.decoding[0] = NOTHING
+        with self._open(index) as video:
+            plan = self._plan(epoch, sample, video)
+            reason = reason_against(video) if reason_against else ""
+            if reason is None:
+                assert isinstance(video, EncodedVideo)
+                clip = EncodedClip(video.path, video.encoded(), plan, VideoKind.of(video))
+                return EncodedSample(clip, bad=(), shown=index)
+            frames_THWC = video.read(plan.frame_ids)
+            num_decoded = video.num_decoded
         cost = DecodeCost(time.perf_counter() - start, num_decoded)
-        return torch.stack([apply_view(frames_THWC, view, self.frame_size) for view in plan.views]), cost
+        crops = torch.stack([apply_view(frames_THWC, view, self.frame_size) for view in plan.views])
+        return ClipSample(crops, bad=(), decode=cost, shown=index, not_encoded=reason)
+
+    def _plan(self, epoch: int, sample: int, video: VideoFile) -> ClipPlan:
+        return plan_clip(
+            self.config,
+            self.seed,
+            epoch,
+            sample,
+            num_frames=self.num_frames,
+            frame_size=self.frame_size,
+            total_frames=video.num_frames,
+            height=video.height,
+            width=video.width,
+        )

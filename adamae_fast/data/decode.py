@@ -30,10 +30,12 @@ from adamae_fast.data.packets import (
     I_SLICE,
     P_SLICE,
     Packet,
+    find_dali_trap,
     find_decord_trap,
     h264_slice_kind,
     is_h264_disposable,
     presentation_times,
+    shows_old_vp9,
 )
 from adamae_fast.data.shards import DamagedVideoError, PreparedVideo
 
@@ -41,6 +43,13 @@ Frames = NDArray[np.uint8]
 
 NO_RECOVERED_FRAMES = "0.0000001"
 """decord's ``fault_tol``: the first frame replaced by another one is an error (its 0 would mean "never")."""
+
+DALI_PIXEL_FORMATS = ("yuv420p", "yuvj420p")
+"""FFmpeg's names of 8-bit 4:2:0, which every NVDEC decodes."""
+
+BT601 = (2, 5, 6)
+"""FFmpeg's numbers of colour matrices that all decoders take for BT.601: not marked, BT.470 BG, SMPTE 170M. The CPU
+decoders heed other marks; DALI does not, and its colours would be 2 to 5 levels away."""
 
 
 class VideoError(Exception):
@@ -121,7 +130,7 @@ class EncodedVideo:
     """One video file, read by decord or PyAV. A :class:`VideoFile`."""
 
     def __init__(self, path: str, decoder: DecoderName) -> None:
-        _require_file(path)
+        self.num_bytes = _require_file(path)
         self.path = path
         self._file = os.path.abspath(path)  # FFmpeg takes what stands before a colon for a protocol
         with _errors_of_pyav(path, "no video, cut short or damaged"):
@@ -182,8 +191,10 @@ class EncodedVideo:
         packets: list[Packet] = []
         latest = -math.inf
         first = None
+        shows_old = False
         for packet in self._container.demux(self._stream):
             if packet.size:
+                shows_old = shows_old or (codec.name == "vp9" and shows_old_vp9(memoryview(packet)[0]))
                 is_early = packet.pts is not None and packet.pts < latest
                 latest = max(latest, latest if packet.pts is None else packet.pts)
                 kind = None
@@ -208,7 +219,30 @@ class EncodedVideo:
         self.num_frames = len(self._pts) if self._pts else self._count_frames()
         if not self.num_frames:
             raise VideoError(self.path, "its frames do not decode a second time")
-        self._decord_trap = find_decord_trap(packets, self._pts, self._container.format.name, self._turns)
+        container = self._container.format.name
+        self._decord_trap = find_decord_trap(packets, self._pts, container, self._turns)
+        trap = find_dali_trap(packets, self._pts, container, self._turns)
+        self.dali_trap = trap or self._odd_for_dali(first, shows_old)
+        """Why DALI would return other pictures than this class; None if it would not."""
+
+    def _odd_for_dali(self, first: Any, shows_old: bool) -> str | None:
+        if first.format.name not in DALI_PIXEL_FORMATS:
+            return f"pixels stored as {first.format.name}"
+        if first.colorspace not in BT601:
+            return "colours marked as other than BT.601"
+        if first.interlaced_frame:
+            return "interlaced frames"
+        if len(self._container.streams.video) > 1:
+            return "several video streams"
+        return "packets that only show an earlier picture" if shows_old else None
+
+    def encoded(self) -> bytes:
+        """The bytes of the file."""
+        try:
+            with open(self._file, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise VideoError(self.path, _plain_os(error)) from error
 
     def _read_decord(self, wanted: list[int]) -> Frames:
         if self._decord_trap:
@@ -338,7 +372,7 @@ class PreparedFile(EncodedVideo):
     """A video that ``data prepare`` wrote, in a tar shard.
 
     Its frames follow one another at one distance in time from 0 on, and nothing in it leads decord astray: its packets
-    need not be listed. Its bytes are read at once and their checksum is compared: less than 2 % of a clip's decoding.
+    need not be listed. Its bytes are read at once and their checksum is compared: 3 % of a clip's decoding.
     """
 
     def __init__(self, video: PreparedVideo, decoder: DecoderName) -> None:
@@ -352,9 +386,10 @@ class PreparedFile(EncodedVideo):
         self.num_frames = video.num_frames
         self._frame_size = (video.width, video.height)
         self.height, self.width = video.height, video.width
+        self.num_bytes = video.length
         self._turns = 0
         self._pts = None
-        self._decord_trap = None
+        self._decord_trap = self.dali_trap = None
         self._container: Any = None  # opened when PyAV is to read from it
         self.decoder = decoder if decoder == "decord" else "pyav"
 
@@ -363,11 +398,15 @@ class PreparedFile(EncodedVideo):
         if self._container is not None:
             self._container.close()
 
+    def encoded(self) -> bytes:
+        """The bytes of the member."""
+        return self._content
+
     def _source(self) -> BinaryIO:
         return BytesIO(self._content)
 
     def _frames_on_the_way(self, wanted: list[int]) -> int:
-        return wanted[-1] + 1 - wanted[0]  # key frames are close to one another
+        return wanted[-1] + 1 - wanted[0]  # and those between the key frame and the first one, fewer than --keyint
 
     def _read_pyav(self, wanted: list[int]) -> Frames:
         if self._container is None:
@@ -469,7 +508,8 @@ def _select(frames: Frames, wanted: list[int], inverse: NDArray[np.intp]) -> Fra
     return frames if np.array_equal(inverse, np.arange(len(wanted))) else frames[inverse]
 
 
-def _require_file(path: str) -> None:
+def _require_file(path: str) -> int:
+    """Raise VideoError unless ``path`` is a file that is not empty; return its bytes."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
@@ -478,6 +518,7 @@ def _require_file(path: str) -> None:
         raise VideoError(path, "a folder, not a video" if stat.S_ISDIR(status.st_mode) else "not a file")
     if status.st_size == 0:
         raise VideoError(path, "the file is empty")
+    return status.st_size
 
 
 @contextmanager

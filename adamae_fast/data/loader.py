@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from adamae_fast.config import PretrainConfig
-from adamae_fast.data.dataset import NOTHING, ClipSample, DecodeCost, NoReadableVideoError, PretrainClips
+from adamae_fast.data.dataset import NOTHING, ClipSample, DecodeCost, NoReadableVideoError, PretrainClips, Videos
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError, TooManyBadVideosError
 from adamae_fast.data.watchdog import Decoding, Watchdog
@@ -52,13 +52,22 @@ class Batch(NamedTuple):
     """uint8 (B, 3, T, S, S); the crops of one video stand together."""
 
     bad: list[BadVideo]
-    """Videos that were to be in this batch and were replaced by others."""
+    """Videos that were to be in this batch and could not be read."""
 
     decode: DecodeCost | None = None
     """Of all its videos; None where the decoder does not tell."""
 
     num_ready: int = 0
     """Batches that stood ready when this one was asked for."""
+
+    shown: Sequence[int] = ()
+    """Index of the manifest's entry that each clip shows."""
+
+    num_by_dali: int = 0
+    """Videos of it that DALI decoded."""
+
+    fell_back: tuple[str, ...] = ()
+    """With data.decoder=dali, why the other ones were not, a reason for each."""
 
 
 def clip_batches(
@@ -93,49 +102,113 @@ def clip_batches(
     clips = PretrainClips(
         entries, data, config.model.num_frames, config.model.frame_size, config.seed, known_crashers=known_crashers
     )
-    videos_per_batch = config.train.batch_size // data.repeat
-    workers_table = torch.empty(data.num_workers, 4, dtype=torch.int64).share_memory_()
+    return stream_batches(clips, config.train.batch_size // data.repeat, start_batch, num_batches, device)
 
-    def load_from(first: int) -> DataLoader[Batch | NoReadableVideoError]:
+
+def stream_batches(
+    clips: PretrainClips,
+    videos_per_batch: int,
+    start_batch: int,
+    num_batches: int,
+    device: torch.device | str = "cpu",
+) -> Generator[Batch, None, None]:
+    """:func:`clip_batches` for any stream of clips, by the decoder that its configuration names."""
+    device = torch.device(device)
+
+    def positions(i: int) -> range:
+        return range(i * videos_per_batch, (i + 1) * videos_per_batch)
+
+    if clips.config.decoder != "dali":
+        return load_batches(clips, positions, start_batch, num_batches, device)
+
+    from adamae_fast.data import dali
+
+    suitability = dali.Suitability(device)
+    batches = _Batches(clips, partial(clips.read_encoded, suitability.reason_against), dali.collate)
+    return dali.DaliStream(clips, suitability, device, videos_per_batch).batches(
+        lambda first: _load(batches, positions, first, num_batches, device), start_batch
+    )
+
+
+def load_batches(
+    videos: Videos,
+    numbers: Callable[[int], range],
+    start_batch: int,
+    num_batches: int,
+    device: torch.device | str = "cpu",
+) -> Generator[Batch, None, None]:
+    """Batches ``start_batch`` to ``num_batches - 1`` of any data set, decoded by the workers.
+
+    Batch i holds the clips of ``videos[n]`` for each n in ``numbers(i)``, in this order. For the rest, and what it
+    raises, see :func:`clip_batches`.
+    """
+    return _load(_Batches(videos, videos.__getitem__, _collate), numbers, start_batch, num_batches, device)
+
+
+def _load(
+    batches: _Batches,
+    numbers: Callable[[int], range],
+    start_batch: int,
+    num_batches: int,
+    device: torch.device | str,
+) -> Generator[Any, None, None]:
+    num_workers = batches.clips.config.num_workers
+    workers_table = torch.empty(num_workers, 4, dtype=torch.int64).share_memory_()
+
+    def load_from(first: int) -> DataLoader[Any]:
         workers_table.copy_(torch.tensor([0, NOTHING, 0, 0]))
-        positions = (range(i * videos_per_batch, (i + 1) * videos_per_batch) for i in range(first, num_batches))
         return DataLoader(
-            _Batches(clips),  # type: ignore[arg-type]
+            batches,  # type: ignore[arg-type]
             batch_size=None,  # the data set makes batches itself
-            sampler=positions,
-            num_workers=data.num_workers,
+            sampler=(numbers(i) for i in range(first, num_batches)),
+            num_workers=num_workers,
             collate_fn=_unchanged,
             pin_memory=torch.device(device).type == "cuda",
             worker_init_fn=partial(_init_worker, workers_table),
             generator=torch.Generator(),  # the loader draws a seed; not from the global generator
         )
 
-    return _without_crashers(clips, load_from, start_batch, workers_table)
+    return _without_crashers(batches.clips, load_from, start_batch, workers_table)
 
 
 class _Batches:
     """A data set whose items are batches, or the error that ended one.
 
     An error that a worker raises would arrive as a text without its ``bad``.
+
+    Args:
+        clips: what is read.
+        read: makes the sample of a number.
+        collate: makes a batch of samples and their numbers.
     """
 
-    def __init__(self, clips: PretrainClips) -> None:
+    def __init__(self, clips: Videos, read: Callable[[int], Any], collate: Callable[[Any, range], Any]) -> None:
         self.clips = clips
         self.num_finished = torch.tensor(0)
+        self._read = read
+        self._collate = collate
 
-    def __getitem__(self, positions: range) -> Batch | NoReadableVideoError:
-        samples: list[ClipSample] = []
-        for position in positions:
+    def __getitem__(self, numbers: range) -> Any:
+        samples: list[Any] = []
+        for number in numbers:
             try:
-                samples.append(self.clips[position])
+                samples.append(self._read(number))
             except NoReadableVideoError as error:
                 error.bad = (*_all_bad(samples), *error.bad)
                 return error
-        # default_collate stacks into shared memory when it runs in a worker.
-        video = default_collate([sample.video for sample in samples]).flatten(0, 1)
-        costs = [sample.decode for sample in samples]
+        batch = self._collate(samples, numbers)
         self.num_finished += 1
-        return Batch(video, _all_bad(samples), DecodeCost(sum(c.seconds for c in costs), sum(c.frames for c in costs)))
+        return batch
+
+
+def _collate(samples: Sequence[ClipSample], numbers: range) -> Batch:
+    clips = [clip for sample in samples for clip in sample.video]
+    # default_collate stacks into shared memory when it runs in a worker.
+    video = default_collate(clips) if clips else samples[0].video
+    costs = [sample.decode for sample in samples]
+    cost = DecodeCost(sum(c.seconds for c in costs), sum(c.frames for c in costs))
+    shown = [sample.shown for sample in samples for _ in sample.video]
+    return Batch(video, _all_bad(samples), cost, shown=shown)
 
 
 def _all_bad(samples: Sequence[ClipSample]) -> list[BadVideo]:
@@ -156,7 +229,7 @@ class _WorkersDiedError(Exception):
 
 
 def _without_crashers(
-    clips: PretrainClips,
+    clips: Videos,
     load_from: Callable[[int], DataLoader[Batch | NoReadableVideoError]],
     next_batch: int,
     workers_table: Tensor,

@@ -12,7 +12,8 @@ from typing import NamedTuple, TypeAlias
 Buffer: TypeAlias = bytes | memoryview
 
 DECORD_CONTAINERS = frozenset(("mp4", "matroska"))
-"""FFmpeg's names of containers in which decord finds frames exactly; it was seen to miss in AVI, FLV and MPEG-TS."""
+"""FFmpeg's names of containers in which decord finds frames exactly; it was seen to miss in AVI, FLV and MPEG-TS.
+DALI is trusted with the same ones."""
 
 _START_CODE = re.compile(rb"\x00\x00\x01")
 """In front of each unit of H.264 that is not stored with lengths."""
@@ -74,6 +75,29 @@ def find_decord_trap(packets: list[Packet], pts: list[int] | None, container: st
     """
     if not DECORD_CONTAINERS.intersection(container.split(",")):
         return f"it seeks inaccurately in {container}"
+    trap = _find_order_trap(packets, pts)
+    if trap is None and turns and "mp4" not in container:
+        return f"it ignores the rotation in {container}"
+    return trap
+
+
+def find_dali_trap(packets: list[Packet], pts: list[int] | None, container: str, turns: int) -> str | None:
+    """Why DALI would return other pictures than those asked for; None if it would not. Arguments as above.
+
+    DALI takes the n-th packet in the order of time stamps for frame n, leaves out packets before time 0, and decodes
+    from the last key frame before a frame in that order.
+    """
+    if not DECORD_CONTAINERS.intersection(container.split(",")):
+        return "a container other than MP4 and Matroska"
+    if turns:
+        return "a rotation in the metadata"
+    if pts and pts[0] < 0:
+        return "frames before time 0"
+    return _find_order_trap(packets, pts)
+
+
+def _find_order_trap(packets: list[Packet], pts: list[int] | None) -> str | None:
+    """What in the order of packets misleads a reader that takes each one for a frame."""
     if pts is None:
         return "time stamps are missing or guessed"
     if len(packets) != len(pts):
@@ -83,9 +107,13 @@ def find_decord_trap(packets: list[Packet], pts: list[int] | None, container: st
             return "key frames that only begin to refresh the picture"
         if packet.is_key and packet.pts != pts[place]:
             return "open groups of pictures: frames that follow a key frame in the file are shown before it"
-    if turns and "mp4" not in container:
-        return f"it ignores the rotation in {container}"
     return None
+
+
+def shows_old_vp9(first_byte: int) -> bool:
+    """Whether a VP9 packet only shows a picture decoded before, by the first byte of its header."""
+    profile_3 = first_byte & 0b110000 == 0b110000  # has one bit more before the flag
+    return bool(first_byte & (0b000100 if profile_3 else 0b001000))
 
 
 P_SLICE, B_SLICE, I_SLICE = range(3)

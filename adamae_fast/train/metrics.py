@@ -146,6 +146,8 @@ class ProgressLine:
         )
         if "decode_seconds" in metrics:
             figures += f" · decode {metrics['decode_seconds'] * 1000:.0f} ms/clip"
+        if "dali_share" in metrics:
+            figures += f" · DALI {metrics['dali_share']:.0%}"
         self._bar.update(self._task, figures=figures)
         now = time.monotonic()
         is_last = metrics["step"] == self._total_steps

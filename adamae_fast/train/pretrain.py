@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from adamae_fast.config import PretrainConfig, load_config, save_config
+from adamae_fast.data.dali import Suitability
 from adamae_fast.data.loader import clip_batches
 from adamae_fast.data.manifest import Entry, read_manifest
 from adamae_fast.data.quarantine import DataStoppedError, Quarantine
@@ -119,6 +120,8 @@ def _print_setting(
     chosen = ", ".join(f"{key}={value}" for key, value in changed_choices(config).items())
     if chosen:
         facts.append(("options", chosen))
+    if config.data.decoder == "dali":
+        facts.append(("decoder", Suitability(stepper.device).describe()))
     for name, fact in facts:
         console.print(f"{name:<14}{fact}", soft_wrap=True, highlight=False)
 

@@ -30,19 +30,23 @@ class LoadFigures:
 
     def _restart(self) -> None:
         self._num_batches = self._num_ready = self._num_clips = self._num_frames = 0
+        self._num_by_dali = self._num_fell_back = 0
         self._seconds = 0.0
 
     def add(self, batch: Batch) -> None:
         """Count one batch."""
         self._num_batches += 1
         self._num_ready += batch.num_ready
+        self._num_by_dali += batch.num_by_dali
+        self._num_fell_back += len(batch.fell_back)
         if batch.decode is not None:
             self._num_clips += batch.video.shape[0]
             self._num_frames += batch.decode.frames
             self._seconds += batch.decode.seconds
 
     def lap(self) -> dict[str, float]:
-        """Return batches_ready, and decode_seconds and decoded_frames per clip where known; begin the next interval.
+        """Return batches_ready, and where known decode_seconds and decoded_frames per clip and dali_share, the share of
+        the videos that DALI decoded with data.decoder=dali; begin the next interval.
 
         decode_seconds is one worker's time: w workers deliver w / decode_seconds clips a second at best. With
         data.repeat, each clip has its share of the one decode.
@@ -51,6 +55,8 @@ class LoadFigures:
         if self._num_clips:
             figures["decode_seconds"] = self._seconds / self._num_clips
             figures["decoded_frames"] = self._num_frames / self._num_clips
+        if self._num_by_dali or self._num_fell_back:
+            figures["dali_share"] = self._num_by_dali / (self._num_by_dali + self._num_fell_back)
         self._restart()
         return figures
 

@@ -25,7 +25,9 @@ WriteVideo = Callable[..., Path]
 Numbers = Callable[[Any], list[int]]
 
 needs_decord = pytest.mark.skipif(not decord_is_installed(), reason="decord is not installed")
-DECODERS = get_args(DecoderName) if decord_is_installed() else ("auto", "pyav")
+DECODERS = (
+    tuple(name for name in get_args(DecoderName) if name != "dali") if decord_is_installed() else ("auto", "pyav")
+)
 
 GOOD = {  # frames, height, width, and whether decord reads the right frames
     "arm_wrestling.mp4": (280, 256, 340, True),

@@ -154,7 +154,7 @@ def test_no_trap_and_a_key_frame_every_eight(prepared: Path, tmp_path: Path) -> 
             packets = [packet for packet in container.demux(video=0) if packet.size]
             keys = [place for place, packet in enumerate(packets) if packet.is_keyframe]
             assert keys == list(range(0, len(packets), 8))
-            times = [packet.pts for packet in packets]
+            times = sorted(packet.pts for packet in packets)
             assert len({b - a for a, b in pairwise(times)}) <= 1  # type: ignore[operator]
         content = (tmp_path / "a.mp4").read_bytes()
         assert content.index(b"moov") < content.index(b"mdat")  # a reader need not jump to its end first

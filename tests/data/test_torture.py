@@ -14,6 +14,7 @@ import torch
 from adamae_fast.config import DataConfig, DecoderName, ModelConfig, PretrainConfig, TrainConfig
 from adamae_fast.data import dataset as dataset_module
 from adamae_fast.data.clips import View, apply_view, center_box, epoch_order
+from adamae_fast.data.dali import dali_is_installed
 from adamae_fast.data.decode import VideoError, decord_is_installed, open_video
 from adamae_fast.data.loader import clip_batches
 from adamae_fast.data.manifest import Entry
@@ -21,7 +22,8 @@ from adamae_fast.data.quarantine import Quarantine
 from adamae_fast.run_folder import read_json_lines
 from tests.data.torture import NUM_FRAMES, TortureFile, write_torture_set
 
-DECODERS = get_args(DecoderName) if decord_is_installed() else ("auto", "pyav")
+INSTALLED = {"auto": True, "pyav": True, "decord": decord_is_installed(), "dali": dali_is_installed()}
+DECODERS = [name for name in get_args(DecoderName) if INSTALLED[name]]
 FRAME_SIZE, SEED = 16, 3
 
 
@@ -98,8 +100,13 @@ def test_torture(torture_set: list[TortureFile], decoder: DecoderName, tmp_path:
         else:
             assert file.path in clips, f"{file.path}: {reasons.get(file.path)}"
             assert file.path not in reasons, file.path
+            difference = clips[file.path].float() - truth
+            if (
+                decoder == "dali"
+            ):  # it interpolates colours between chroma samples, FFmpeg repeats them: brightness alone
+                difference = (difference * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(0)
             # One frame differs from the next by far more.
-            assert (clips[file.path].float() - truth).abs().mean() <= 3, file.path
+            assert difference.abs().mean() <= 3, file.path
 
 
 def test_times_out_of_order_name_no_frames(torture_set: list[TortureFile]) -> None:

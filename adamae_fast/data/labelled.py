@@ -1,0 +1,253 @@
+"""Clips with labels: random ones for fine-tuning, all views of every video for testing.
+
+Both use the workers of :mod:`adamae_fast.data.loader`, with all that it says about unreadable videos and crashes.
+
+Letters: B clips, T frames, S the clip's side in pixels, H, W pixels, V views of a video.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adamae_fast.config_finetune import LabelledDataConfig, ViewsConfig
+from adamae_fast.data.clips import ClipPlan, apply_view
+from adamae_fast.data.dataset import ClipSample, DecodeCost, PretrainClips, Videos
+from adamae_fast.data.decode import VideoError, VideoFile
+from adamae_fast.data.loader import load_batches, stream_batches
+from adamae_fast.data.manifest import Entry, ManifestError
+from adamae_fast.data.quarantine import BadVideo
+from adamae_fast.data.views import plan_labelled, plan_views
+
+log = logging.getLogger(__name__)
+
+
+class LabelledBatch(NamedTuple):
+    """What one forward pass of fine-tuning sees."""
+
+    video: Tensor
+    """uint8 (B, 3, T, S, S); the crops of one video stand together."""
+
+    labels: Tensor
+    """int64 (B,): the class of the video that each clip shows, also where that one replaces another."""
+
+    bad: list[BadVideo]
+    """Videos that were to be in this batch and were replaced by others."""
+
+    decode: DecodeCost | None
+    """Of all its videos."""
+
+    num_ready: int
+    """Batches that stood ready when this one was asked for."""
+
+
+class ViewBatch(NamedTuple):
+    """All views of some videos."""
+
+    video: Tensor
+    """uint8 (B, 3, T, S, S), B a multiple of V, 0 where none of the videos could be read."""
+
+    ids: Tensor
+    """int64 (B,): index of each clip's video in the manifest; the V views of a video stand together, in order."""
+
+    bad: list[BadVideo]
+    """Videos that were to be in this batch and could not be read, one for each line of the manifest."""
+
+
+def read_labels(entries: Sequence[Entry], manifest: str, num_classes: int | None = None) -> tuple[list[int], int]:
+    """The class of every video, and how many classes there are: ``num_classes``, or the largest one plus 1.
+
+    A class that no video has is not an error, but mostly a sign of labels that do not start at 0: a warning names it.
+
+    Args:
+        entries: what ``manifest`` holds.
+        manifest: its path, for messages.
+        num_classes: classes of a trained model; None where the manifest decides.
+
+    Raises:
+        ManifestError: a video without a label, or with one that is not among ``num_classes``; the text names it.
+    """
+    labels: list[int] = []
+    for entry in entries:
+        if entry.label is None:
+            raise ManifestError(
+                f"{manifest}: {entry.path} has no label; every line needs a class, a whole number from 0 on, behind "
+                "the path ('path label', or 'folder total_frames label')"
+            )
+        if num_classes is not None and entry.label >= num_classes:
+            raise ManifestError(
+                f"{manifest}: {entry.path} has label {entry.label}, but there are {num_classes} classes, 0 to "
+                f"{num_classes - 1}; correct the label, or name the manifest that these classes were trained with"
+            )
+        labels.append(entry.label)
+    total = max(labels) + 1 if num_classes is None else num_classes
+    if num_classes is None and (empty := sorted(set(range(total)) - set(labels))):
+        names = ", ".join(map(str, empty[:10])) + (", …" if len(empty) > 10 else "")
+        log.warning("%s: of %d classes, %d have no video: %s", manifest, total, len(empty), names)
+    return labels, total
+
+
+class LabelledClips(PretrainClips):
+    """Clips by their position in the stream, with ``config.sampling``; labels follow from :attr:`ClipSample.shown`.
+
+    Order, crops, repeats and replacements are those of :class:`~adamae_fast.data.dataset.PretrainClips`.
+    """
+
+    config: LabelledDataConfig
+
+    def _plan(self, epoch: int, sample: int, video: VideoFile) -> ClipPlan:
+        return plan_labelled(
+            self.config,
+            self.seed,
+            epoch,
+            sample,
+            num_frames=self.num_frames,
+            frame_size=self.frame_size,
+            total_frames=video.num_frames,
+            height=video.height,
+            width=video.width,
+        )
+
+
+class EvaluationViews(Videos):
+    """All views of each video of a manifest, by the video's index.
+
+    View v shows clip ``v // views.spatial`` along time in square ``v % views.spatial``. Each video is decoded once, for
+    the frames of all its views, which are in memory together.
+    """
+
+    config: LabelledDataConfig
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        config: LabelledDataConfig,
+        views: ViewsConfig,
+        num_frames: int,
+        frame_size: int,
+        known_crashers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(entries, config, num_frames, frame_size, known_crashers)
+        self.views = views
+
+    def __getitem__(self, number: int) -> ClipSample:
+        """All views of video ``number``; none, and the video in ``bad``, if it cannot be read."""
+        path = self.entries[number].path
+        if path in self.crashers:
+            bad = BadVideo(path, self.crashers[path], crashed=True)
+        else:
+            try:
+                return self._all_views(number)
+            except VideoError as error:
+                bad = BadVideo(error.path, error.reason)
+        nothing = torch.empty(0, 3, self.num_frames, self.frame_size, self.frame_size, dtype=torch.uint8)
+        return ClipSample(nothing, (bad,), DecodeCost(0.0, 0), number)
+
+    def _all_views(self, number: int) -> ClipSample:
+        start = time.perf_counter()
+        with self._open(number) as video:
+            plan = self._plan(video)
+            frames_THWC = video.read(plan.frame_ids)
+            cost = DecodeCost(time.perf_counter() - start, video.num_decoded)
+        frames_KTHWC = frames_THWC.reshape(self.views.temporal, self.num_frames, *frames_THWC.shape[1:])
+        clips = [apply_view(clip, view, self.frame_size) for clip in frames_KTHWC for view in plan.views]
+        return ClipSample(torch.stack(clips), (), cost, number)
+
+    def _plan(self, video: VideoFile) -> ClipPlan:
+        return plan_views(
+            self.config.sampling,
+            self.config.stride,
+            self.views,
+            num_frames=self.num_frames,
+            total_frames=video.num_frames,
+            height=video.height,
+            width=video.width,
+        )
+
+
+def labelled_batches(
+    entries: Sequence[Entry],
+    labels: Sequence[int],
+    config: LabelledDataConfig,
+    *,
+    num_frames: int,
+    frame_size: int,
+    seed: int,
+    batch_size: int,
+    start_batch: int,
+    num_batches: int,
+    device: torch.device | str = "cpu",
+    known_crashers: Mapping[str, str] | None = None,
+) -> Generator[LabelledBatch, None, None]:
+    """Batches ``start_batch`` to ``num_batches - 1`` of labelled clips, as ``loader.clip_batches`` describes it.
+
+    Args:
+        entries: the manifest.
+        labels: of each entry, from :func:`read_labels`.
+        config: sampling, stride, crop, flip, repeat, decoder, workers.
+        num_frames: T.
+        frame_size: S.
+        seed: of the run.
+        batch_size: B, repeated crops counted; a multiple of ``config.repeat``.
+        start_batch: 0, or where a resumed run goes on.
+        num_batches: of the whole run.
+        device: memory is pinned for a CUDA device.
+        known_crashers: videos that are not opened.
+    """
+    clips = LabelledClips(entries, config, num_frames, frame_size, seed, known_crashers)
+    batches = stream_batches(clips, batch_size // config.repeat, start_batch, num_batches, device)
+
+    def with_labels() -> Generator[LabelledBatch, None, None]:
+        with closing(batches):
+            for batch in batches:
+                labels_B = torch.tensor([labels[index] for index in batch.shown])
+                yield LabelledBatch(batch.video, labels_B, batch.bad, batch.decode, batch.num_ready)
+
+    return with_labels()
+
+
+def view_batches(
+    entries: Sequence[Entry],
+    config: LabelledDataConfig,
+    views: ViewsConfig,
+    *,
+    num_frames: int,
+    frame_size: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    known_crashers: Mapping[str, str] | None = None,
+) -> Generator[ViewBatch, None, None]:
+    """Every view of every video exactly once: rank r of W has videos r, r + W, r + 2W, … and all of their views.
+
+    An unreadable video is in the ``bad`` of exactly one batch of one rank, and no other video takes its place; so on
+    all ranks together, videos in ``ids`` and videos in ``bad`` are as many as ``entries``. Ranks may have different
+    numbers of batches. A batch holds whole videos: as many as fit into ``batch_size`` clips, at least one; the last one
+    may be smaller. Of ``config``, its crop, flip and repeat have no effect here, and decoder=dali decodes as auto does.
+
+    Raises:
+        The same as :func:`~adamae_fast.data.loader.clip_batches`, but for NoReadableVideoError.
+    """
+    num_videos = max(1, batch_size // (views.temporal * views.spatial))
+    mine = range(rank, len(entries), world_size)
+    batches = load_batches(
+        EvaluationViews(entries, config, views, num_frames, frame_size, known_crashers),
+        lambda i: mine[i * num_videos : (i + 1) * num_videos],
+        0,
+        -(-len(mine) // num_videos),
+        device,
+    )
+
+    def with_ids() -> Generator[ViewBatch, None, None]:
+        with closing(batches):
+            for batch in batches:
+                yield ViewBatch(batch.video, torch.tensor(batch.shown, dtype=torch.int64), batch.bad)
+
+    return with_ids()
