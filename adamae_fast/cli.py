@@ -128,6 +128,8 @@ _MEASUREMENTS = {
     "throughput": "clips and tokens a second against batch size and masking strategy",
     "profile": "where a training step spends its time",
     "saved": "bytes kept for the backward by each --train.recompute",
+    "data": "clips a second that decoders, prepared files and workers deliver",
+    "data_memory": "memory of a process that opens thousands of videos",
     "run": "single operations against plain PyTorch and torch.compile",
     "gpu": "all of these on a GPU machine, resumed where they were cut off",
     "report": "no measurement: all results as one page, docs/results.md",

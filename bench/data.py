@@ -19,7 +19,7 @@ import importlib.util
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ class Arm:
     """Read from every video, in the given epoch."""
 
 
-def arms_of(film: videos.Film, entries: dict[str, Sequence[Entry]], decoders: Sequence[DecoderName]) -> list[Arm]:
+def arms_of(film: videos.Film, entries: Mapping[str, Sequence[Entry]], decoders: Sequence[DecoderName]) -> list[Arm]:
     """Every arm on the originals ("original") and the prepared files ("prepared")."""
     originals = entries["original"]
 
@@ -151,7 +151,7 @@ def frames_decoded(film: videos.Film, files: str, entries: Sequence[Entry], epoc
 
 def measure(
     film: videos.Film,
-    entries: dict[str, Sequence[Entry]],
+    entries: Mapping[str, Sequence[Entry]],
     decoders: Sequence[DecoderName],
     rounds: int,
     say: command.Say,

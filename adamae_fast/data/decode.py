@@ -136,7 +136,7 @@ class EncodedVideo:
         with _errors_of_pyav(path, "no video, cut short or damaged"):
             self._open()
             self._index()
-        self.decoder = decoder if decoder == "decord" else "pyav"
+        self.decoder: str = "decord" if decoder == "decord" else "pyav"
 
     def close(self) -> None:
         """Close the container."""
@@ -326,7 +326,8 @@ class EncodedVideo:
             return [], []
         codec = self._stream.codec_context
         if codec.name == "h264":
-            disposable, others = set(), set(needed)
+            disposable: set[int | None] = set()
+            others: set[int | None] = set(needed)
             for packet in packets:
                 is_disposable = is_h264_disposable(packet, codec.extradata)
                 (disposable if is_disposable else others).add(packet.pts)
@@ -391,7 +392,7 @@ class PreparedFile(EncodedVideo):
         self._pts = None
         self._decord_trap = self.dali_trap = None
         self._container: Any = None  # opened when PyAV is to read from it
-        self.decoder = decoder if decoder == "decord" else "pyav"
+        self.decoder = "decord" if decoder == "decord" else "pyav"
 
     def close(self) -> None:
         """Close the container, if it was opened."""
