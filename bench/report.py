@@ -274,7 +274,7 @@ def data_section(result: Result) -> list[str]:
         (goal["goal"], f"≥ {goal['least']:g}", f"{goal['measured']:.2f}", "yes" if goal["met"] else "no")
         for goal in result["goals"]
     ]
-    lines += table(("clips a second, one process", "goal", "measured", "met"), goals)
+    lines += table(("ratio of clips a second, K400's shape", "goal", "measured", "met"), goals)
     for name, costs in result["prepared"].items():
         before, after = costs["original_bytes_per_video"] / 1e6, costs["prepared_bytes_per_video"] / 1e6
         seconds = f"{costs['seconds_per_video']:.2f} s a video"
