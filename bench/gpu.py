@@ -65,7 +65,7 @@ def steps(out: Path, *, rehearsal: bool, published: str | None) -> list[Step]:
 
     report = ("--results", str(out), *(["--page", str(out / "page" / "results.md")] if rehearsal else []))
     plan = [
-        Step("build", ("setup.py", "--quiet", "build_ext", "--inplace"), 90),
+        Step("build", ("setup.py", "--quiet", "build_ext", "--inplace"), 60),
         Step("step", bench("step", *baseline, "--batch", batches[0], "--arm", *few, "tuned+compile"), 120, (0, 1)),
         Step("kernels", bench("run", *kernels), 150, (0, 1)),
         # In a rehearsal without a GPU they are collected and skipped.
@@ -74,6 +74,7 @@ def steps(out: Path, *, rehearsal: bool, published: str | None) -> list[Step]:
         Step("step of half the batch", bench("step", *baseline, "--batch", batches[1], "--arm", *few), 40, (0, 1)),
         Step("profile", bench("profile", "--arm", profiled), 15),
         Step("throughput", bench("throughput", "--batch", batches[0]), 25),
+        Step("real_decode", bench("real_decode"), 30, (0, 2)),
         Step("report", ("-m", "bench.report", *report), 10),
     ]
     # A rehearsal is about what runs, not how fast: a busy machine cuts nothing off.

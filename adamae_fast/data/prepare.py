@@ -2,7 +2,7 @@
 
 A pre-training clip starts anywhere in its video, and a decoder starts at the key frame before it. Videos from the web
 have one every 250 frames, and more pixels than a model sees. Here each is decoded once, brought to a smaller size, and
-encoded with a key frame every ``keyint`` frames, no frames out of order and none of the tools that make decoding slow.
+encoded with a key frame every ``keyint`` frames, in closed groups, and without the tools that make decoding slow.
 
 Workers encode single videos into ``.unfinished``, in any order; the parent appends them to shards in the manifest's
 order. What a killed run left there is used by the next one, and equal input gives equal bytes.

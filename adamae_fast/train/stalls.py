@@ -17,6 +17,9 @@ STALL_SHARE = 0.1
 STALL_STEPS = 200
 """So many steps in a row, and it is told so."""
 
+MANY_BY_DALI = 0.9
+"""Where DALI decodes a smaller share of the videos, those that fall back are what the run waits for."""
+
 LONG_WAY = 1.5
 """Key frames are far apart where a clip's frames take this many times the decoding that they would take from their
 first one on."""
@@ -99,6 +102,12 @@ def advice(config: PretrainConfig, device_type: str, metrics: Mapping[str, float
     on_cpu = data.decoder in ("auto", "decord", "pyav")
     if on_cpu and data.num_workers < num_cores:
         return f"raise data.num_workers={data.num_workers}: this process may use {num_cores} cores"
+    if metrics.get("dali_share", 1.0) < MANY_BY_DALI:
+        codec = "h264" if device_type == "cuda" else "vp9"
+        return (
+            f"write the videos anew with adamae-fast data prepare --codec {codec}: DALI decodes only "
+            f"{metrics['dali_share']:.0%} of them (adamae-fast data check --decoder dali says why)"
+        )
     if data.repeat == 1:
         return "set data.repeat=2 or 4, so that each decode serves as many clips (another experiment: in a new run)"
     span = (config.model.num_frames - 1) * data.stride + 1
