@@ -440,6 +440,22 @@ def test_a_video_that_crashes_the_decoder(manifest: Path, tmp_path: Path, monkey
     assert [entry.label for entry in read_manifest(str(tmp_path / "out"))] == [0, 100, 2, 4, 5, 6, 7]
 
 
+def test_a_video_that_keeps_the_decoder(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(entry: Entry, path: Path, settings: Settings) -> dict[str, Any]:
+        if entry.path.endswith("open.mp4"):
+            time.sleep(3600)
+        return encode(entry, path, settings)
+
+    monkeypatch.setattr(prepare_module, "encode", hang)
+    monkeypatch.setattr(prepare_module, "LOOK_SECONDS", 0.02)
+    assert _small(manifest, tmp_path / "out", num_workers=2, timeout=5.0) == 1
+    lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    reasons = {Path(line["path"]).name: line["reason"] for line in lines}
+    assert reasons["open.mp4"] == "took longer than 5 s"
+    assert len(reasons) == 3
+    assert [entry.label for entry in read_manifest(str(tmp_path / "out"))] == [0, 100, 2, 4, 5, 6, 7]
+
+
 def test_a_killed_worker_ends_the_run(
     manifest: Path, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,6 +533,7 @@ def test_errors_of_the_user(manifest: Path, tmp_path: Path) -> None:
         ({"max_seconds": -1.0}, "max_seconds=-1.0"),
         ({"max_seconds": float("nan")}, "max_seconds=nan"),
         ({"num_workers": 0}, "num_workers=0"),
+        ({"timeout": 0.0}, "timeout=0.0"),
         ({"codec": "av1"}, "codec='av1': choose h264 or vp9"),
         ({"shards": "big"}, "shards='big'"),
         ({"shards": "0MB"}, "shards='0MB'"),
