@@ -178,8 +178,11 @@ def _begin(folder: Path, settings: dict[str, Any], manifest: str, entries: Seque
         found = [name for name in sorted(os.listdir(folder)) if name != UNFINISHED]
         if found:
             raise ValueError(f"out={str(folder)!r}: already holds something ({found[0]}); choose a new folder")
-        (folder / UNFINISHED).mkdir(exist_ok=True)
-        write_file(index, json.dumps(header) + "\n", folder / UNFINISHED)
+        scratch = folder / UNFINISHED
+        if scratch.exists():  # "rm OUT/*" leaves it behind: of which settings, nothing says any more
+            shutil.rmtree(scratch)
+        scratch.mkdir()
+        write_file(index, json.dumps(header) + "\n", scratch)
     prepared = read_index(index)
     theirs = prepared.header
     old = theirs.get("settings")

@@ -399,6 +399,23 @@ def test_what_was_encoded_is_used_again(
     assert all(checksum.encode() in undisturbed["prepared.jsonl"] for checksum in sums)
 
 
+def test_what_another_preparation_left_is_not_used(manifest: Path, tmp_path: Path) -> None:
+    """``rm -r out/*``, which spares hidden names, between two runs."""
+    out, left = tmp_path / "out", tmp_path / "out" / ".unfinished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module._Assembler, "finish", _suicide)
+        process = _in_a_process(lambda: _small(manifest, out, shards="1GB"))
+        process.join()
+    (out / "prepared.jsonl").unlink()
+    assert len(list(left.glob("*.video"))) == 8
+    other = manifest.parent / "one.txt"
+    other.write_text("turned.mp4\n")
+    _wait_until(lambda: _small(other, out, short_side=16) == 0)
+    (entry,) = read_manifest(str(out))
+    assert entry.prepared is not None
+    assert (entry.prepared.num_frames, entry.prepared.height, entry.prepared.width) == (18, 20, 16)
+
+
 def test_ctrl_c_ends_the_workers_and_the_next_run_goes_on(
     manifest: Path, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -472,14 +489,19 @@ def test_a_full_disk(
     manifest: Path, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, full: str
 ) -> None:
     """/dev/full says to every write that no space is left; once to a shard, once to the encoder."""
-    (tmp_path / "out" / ".unfinished").mkdir(parents=True)
+    begin = prepare_module._begin
+
+    def begin_with_full(*arguments: Any) -> Any:
+        index = begin(*arguments)
+        (tmp_path / "out" / ".unfinished" / full).symlink_to("/dev/full")
+        return index
 
     def to_full(entry: Entry, path: Path, settings: Settings) -> dict[str, Any]:
         return encode(entry, Path("/dev/full") if path.name.startswith(full.split(".")[0]) else path, settings)
 
     with monkeypatch.context() as patch:
         if full.endswith(".tar"):
-            (tmp_path / "out" / ".unfinished" / full).symlink_to("/dev/full")
+            patch.setattr(prepare_module, "_begin", begin_with_full)
         else:
             patch.setattr(prepare_module, "encode", to_full)
         with pytest.raises(
