@@ -34,3 +34,17 @@ def test_every_arm_has_a_row(tmp_path: Path) -> None:
     baselines = [("original", "plain", 1), ("original", "published-like", 1)]
     assert [(row["files"], row["arm"], row["repeat"]) for row in rows] == [*baselines, *ours]
     assert all(row["clips_per_s"] > 0 and row["cpu_s_per_clip"] > 0 for row in rows)
+
+
+def test_goals_are_ratios_of_rows() -> None:
+    keys = {(*arm, workers) for _, mine, theirs, workers, _ in data.GOALS for arm in (mine, theirs)}
+    names = ("files", "arm", "repeat", "workers")
+    rows = [{"data": "k400", **dict(zip(names, key, strict=True)), "clips_per_s": 10.0} for key in sorted(keys)]
+    for row in rows:
+        if row["files"] == "prepared":
+            row["clips_per_s"] = 26.0
+    judged = {goal["goal"]: (goal["measured"], goal["met"]) for goal in data.judge(rows)}
+    assert judged.pop("prepared files over originals with a long GOP") == (2.6, True)
+    assert judged.pop("ours with decord over a plain loop of decord") == (1.0, True)
+    assert set(judged.values()) == {(1.0, False)}
+    assert len(judged) == len(data.GOALS) - 2
