@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,16 @@ import torch
 
 from adamae_fast.config import DataConfig, DecoderName, PretrainConfig, TrainConfig
 from adamae_fast.data.dali import dali_is_installed
-from adamae_fast.data.loader import clip_batches
+from adamae_fast.data.loader import Batch, clip_batches
 from adamae_fast.data.manifest import Entry, read_manifest
-from adamae_fast.device import Uploader
+from adamae_fast.device import Uploader, num_usable_cores
 from bench import arms, command, conditions, videos
 from bench.arms import Setting
 
 REPEAT = 4
+
+WARM_UP = 3
+"""Steps before the first timed one."""
 
 GOAL = 0.9
 """Least share of the rate with clips on the device that is aimed at, on a GPU."""
@@ -61,28 +63,35 @@ def seconds_of(steps: Callable[[int], None], num_steps: int, device: torch.devic
 def measure(
     setting: Setting, arm_name: str, entries: Sequence[Entry], num_workers: int, num_steps: int, rounds: int
 ) -> dict[str, Any]:
-    """Clips a second of both, over all rounds."""
+    """Clips a second of both, over all rounds.
+
+    While the clips on the device are timed there are no workers, which would take cores, and lay batches up that are
+    then there for nothing. What they lay up while they start is used before the clock runs.
+    """
     decoder, device = decoder_for(setting.device), setting.device
+    config = config_of(setting, decoder, num_workers)
     arm = arms.builders(setting, arms.plan_for(device, None))[0][arm_name]()
     resident, upload = arm.clips, Uploader(device)
-    warm_up = num_workers + 3
-    num_batches = warm_up + rounds * num_steps
-    with closing(clip_batches(config_of(setting, decoder, num_workers), entries, 0, num_batches, device)) as batches:
+    ahead = 2 * num_workers + 2  # PyTorch lets each worker be two batches ahead; DALI has one under way
+    seconds = {"resident": 0.0, "decoded": 0.0}
 
-        def on_resident(count: int) -> None:
-            arm.clips = resident
-            for _ in range(count):
-                arm.step()
+    def on_resident(count: int) -> None:
+        arm.clips = resident
+        for _ in range(count):
+            arm.step()
 
-        def on_decoded(count: int) -> None:
-            for _ in range(count):
-                arm.clips = upload(next(batches).video)
-                arm.step()
+    on_resident(WARM_UP)
+    for number in range(rounds):
+        seconds["resident"] += seconds_of(on_resident, num_steps, device)
+        first, num_batches = number * (2 * ahead + num_steps), 2 * ahead + num_steps
+        with closing(clip_batches(config, entries, first, first + num_batches, device)) as batches:
 
-        on_decoded(warm_up)
-        seconds = {"resident": 0.0, "decoded": 0.0}
-        for _ in range(rounds):
-            seconds["resident"] += seconds_of(on_resident, num_steps, device)
+            def on_decoded(count: int, batches: Iterator[Batch] = batches) -> None:
+                for _ in range(count):
+                    arm.clips = upload(next(batches).video)
+                    arm.step()
+
+            on_decoded(ahead)
             seconds["decoded"] += seconds_of(on_decoded, num_steps, device)
     clips = setting.batch_size * num_steps * rounds
     rates = {f"{name}_clips_per_s": clips / value for name, value in seconds.items()}
@@ -102,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command.parser("real_decode", __doc__)
     parser.add_argument("--arm", default="ours-none", help="an arm of bench.step")
     parser.add_argument("--batch", type=int, help="clips of a step, a multiple of four")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="data workers")
+    parser.add_argument("--workers", type=int, default=num_usable_cores(), help="data workers")
     options = parser.parse_args(arguments)
     missing = [name for name in ("av", "jsonargparse") if not importlib.util.find_spec(name)]
     if missing:

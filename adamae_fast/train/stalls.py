@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 
 from adamae_fast.config import PretrainConfig
 from adamae_fast.data.loader import Batch
+from adamae_fast.device import num_usable_cores
 
 log = logging.getLogger("adamae_fast")
 
@@ -89,11 +89,6 @@ class StallWatch:
                 self._num_steps,
                 advice(self._config, self._device_type, metrics, num_usable_cores()),
             )
-
-
-def num_usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def advice(config: PretrainConfig, device_type: str, metrics: Mapping[str, float], num_cores: int) -> str:

@@ -1,6 +1,5 @@
 import logging
 
-import pytest
 import torch
 
 from adamae_fast.config import DataConfig, PretrainConfig
@@ -71,9 +70,3 @@ def test_figures_are_means_over_clips_and_batches():
     load.add(batch(4, None, 2))
     assert load.lap() == {"batches_ready": 2.0}
     assert load.lap() == {"batches_ready": 0.0}
-
-
-@pytest.mark.skipif(not hasattr(stalls.os, "sched_getaffinity"), reason="Linux only")
-def test_cores_are_those_of_this_process(monkeypatch):
-    monkeypatch.setattr(stalls.os, "sched_getaffinity", lambda _: {3, 4})
-    assert stalls.num_usable_cores() == 2
