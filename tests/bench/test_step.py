@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamae_fast.cli import main as adamae_fast
 from adamae_fast.config import ModelConfig
+from adamae_fast.ops.registry import NAMESPACE
 from adamae_fast.train.step import Stepper
 from bench import arms, checkout, command, conditions, memory, profile, step, throughput
 from bench.timing import Plan
@@ -60,6 +62,24 @@ def test_another_loss_or_gradient_is_found(built, monkeypatch: pytest.MonkeyPatc
     gradients["sampler.head.weight"] = 2 * gradients["sampler.head.weight"]
     monkeypatch.setattr(arm, "loss_and_gradients", lambda ids: (loss, gradients))
     assert parity.fault(arm).startswith("the gradient of sampler. is off")
+
+
+def test_parity_is_parity_with_the_references() -> None:
+    """Or ours would be compared with themselves."""
+    seen: set[str] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == NAMESPACE:
+                seen.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    model, mask = command.TINY
+    setting = arms.Setting(model=model, mask=mask, batch_size=2, device=CPU)
+    with Watch():
+        arms.Parity(setting)
+    assert {f"{NAMESPACE}.{name}.reference" for name in ("sample_visible", "embed_tubelets_backward")} <= seen
+    assert all(name.endswith(".reference") for name in seen)
 
 
 def test_our_step_reads_no_tensor_on_the_host(built) -> None:

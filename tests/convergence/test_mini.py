@@ -23,9 +23,9 @@ from adamae_fast.config import (
     SamplerConfig,
     TrainConfig,
 )
+from adamae_fast.testing import prefer
 from adamae_fast.train.compile import compile_blocks
 from adamae_fast.train.step import Stepper
-from tests.ops.conftest import prefer
 
 STEPS = 30
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)")
