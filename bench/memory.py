@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from bench import arms, command, conditions, predict
 from bench.arms import Arm, Builder, Setting
 from bench.checkout import Checkout
 from bench.saved import CASTS, saved_bytes
-from bench.step import memory_on_gpu
+from bench.step import give_back_unused, memory_on_gpu
 
 GIB = 2**30
 
@@ -142,8 +141,7 @@ def on_cpu(case: Case, setting: Setting, checkout: Checkout | None) -> dict[str,
 
 def fits(build: Builder) -> bool:
     """Whether three steps run without running out of memory."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    give_back_unused()
     try:
         arm = build()
         for _ in range(3):

@@ -91,6 +91,34 @@ def test_our_step_reads_no_tensor_on_the_host(built) -> None:
     assert published.reads > 10
 
 
+def test_what_the_parity_reserved_is_not_an_arms_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's allocator keeps what was freed; here it is a number of bytes."""
+    reserved = 0
+
+    def reserve(num_bytes: int) -> None:
+        nonlocal reserved
+        reserved = max(reserved, num_bytes)
+
+    def empty_cache() -> None:
+        nonlocal reserved
+        reserved = 0
+
+    class Arm:
+        def step(self) -> None:
+            reserve(100)
+
+    def fault(arm: Arm) -> None:
+        reserve(1000)
+
+    in_place_of = {"empty_cache": empty_cache, "memory_reserved": lambda: reserved, "mem_get_info": lambda: (0, 0)}
+    in_place_of |= {name: lambda: 0 for name in ("memory_allocated", "max_memory_allocated")}
+    in_place_of |= {name: lambda: None for name in ("reset_peak_memory_stats", "synchronize")}
+    for name, function in in_place_of.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    parity = argparse.Namespace(fault=fault)
+    assert step.memory_on_gpu(Arm, parity)["reserved_bytes"] == 100
+
+
 def test_an_option_that_this_version_lacks_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arms, "our_options", lambda device: {"ours-tomorrow": {"tomorrow": True}})
     model, mask = command.TINY
@@ -116,12 +144,13 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
 def test_rows_of_another_batch_size_stay_where_all_else_is_the_same(tmp_path: Path) -> None:
     options = argparse.Namespace(out=tmp_path, quick=True)
 
-    def measured(batch: int, ms: float, **other: str) -> dict:
+    def measured(batch: int, ms: float, published: str | None = None, **other: str) -> dict:
         taken = {"device": "cpu", "cores": "2", "commit": "abc", "date": f"day {batch}", "load": "0", **other}
         rows = [
             {"arm": arm, "batch": batch, "ms": ms / i} for i, arm in enumerate(("published-fp32", "tuned"), start=1)
         ]
-        return {"conditions": taken, "model": "nano", "rows": rows, "skipped": {f"arm-{batch}": "none"}}
+        what = {"conditions": taken, "model": "nano", "published_checkout": published}
+        return {**what, "rows": rows, "skipped": {f"arm-{batch}": "none"}}
 
     command.finish("step", step.with_other_batches(measured(32, 10), options), options)
     both = step.with_other_batches(measured(16, 6), options)
@@ -130,8 +159,8 @@ def test_rows_of_another_batch_size_stay_where_all_else_is_the_same(tmp_path: Pa
     assert set(both["skipped"]) == {"arm-16", "arm-32"}
     again = step.with_other_batches(measured(32, 8), options)
     assert [row["ms"] for row in again["rows"]] == [8, 4]
-    other = step.with_other_batches(measured(16, 6, commit="def"), options)
-    assert {row["batch"] for row in other["rows"]} == {16}
+    for other in (measured(16, 6, commit="def"), measured(16, 6, published="aa19850")):
+        assert {row["batch"] for row in step.with_other_batches(other, options)["rows"]} == {16}
 
 
 def test_clips_in_pinned_memory_are_uploaded_by_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
