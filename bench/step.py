@@ -155,7 +155,7 @@ def measure(
         else:
             rows[name] |= memory_on_cpu(arm)
         profile = profiled(arm.step, setting.device)
-        rows[name] |= {**asdict(count(profile, setting.device)), **backends_of(arm, profile)}
+        rows[name] |= {**asdict(count(profile)), **backends_of(arm, profile)}
     say("timing, in turns")
     name_of_device = conditions.device_name(setting.device)
     timings = run_in_turns({name: arm.runner(timing.warm_up) for name, arm in built.items()}, timing)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamae_fast.cli import main as adamae_fast
@@ -86,9 +87,22 @@ def test_our_step_reads_no_tensor_on_the_host(built) -> None:
     all_arms, _, _ = built
     for name in ("ours-none", "ours-fc1"):
         all_arms[name].step()
-        assert profile.count(profile.profiled(all_arms[name].step, CPU), CPU).reads == 0
-    published = profile.count(profile.profiled(all_arms["published-like-fp32"].step, CPU), CPU)
+        assert profile.count(profile.profiled(all_arms[name].step, CPU)).reads == 0
+    published = profile.count(profile.profiled(all_arms["published-like-fp32"].step, CPU))
     assert published.reads > 10
+
+
+def test_waits_of_the_profiler_are_not_those_of_a_step() -> None:
+    """It waits for a GPU itself before it ends."""
+
+    def event(name: str, start: int, end: int) -> argparse.Namespace:
+        time_range = argparse.Namespace(start=start, end=end)
+        return argparse.Namespace(name=name, time_range=time_range, device_type=DeviceType.CPU, cpu_parent=None)
+
+    outside = [event(name, at, at + 1) for name in ("cudaDeviceSynchronize", "cudaLaunchKernel") for at in (5, 21, 25)]
+    inside = [event(profile.STEP, 10, 20), event("cudaStreamSynchronize", 12, 13), event("cudaLaunchKernel", 19, 22)]
+    counts = profile.count(argparse.Namespace(events=lambda: outside + inside))
+    assert (counts.waits, counts.launches) == (1, 1)
 
 
 def test_what_the_parity_reserved_is_not_an_arms_memory(monkeypatch: pytest.MonkeyPatch) -> None:
