@@ -99,14 +99,15 @@ def test_compiled_blocks_train_as_the_references_do(compiler: str, device: str) 
 )
 def test_attention_back_ends_train_as_the_formula_does(backend: str, device: str) -> None:
     """Those that take fp32."""
-    assert_trains_as_the_reference("normalized", device, attention=backend)
+    assert_trains_as_the_reference("normalized", device, attention=backend, formula="reference")
 
 
 def assert_trains_as_the_reference(
-    target: str, device: str, compiler: str | None = None, attention: str = "auto"
+    target: str, device: str, compiler: str | None = None, attention: str = "auto", formula: str = "auto"
 ) -> None:
-    truth, ids_of_truth = train("reference", torch.float64, target, device, attention="reference")
-    reference, ids_of_reference = train("reference", torch.float32, target, device, attention="reference")
+    """``formula``: the attention of the references."""
+    truth, ids_of_truth = train("reference", torch.float64, target, device, attention=formula)
+    reference, ids_of_reference = train("reference", torch.float32, target, device, attention=formula)
     kernels, ids_of_kernels = train("auto", torch.float32, target, device, compiler=compiler, attention=attention)
     assert truth[-5:].mean() < truth[:5].mean()
     # Masks are the same to the last token, or a loss would differ by more than rounding.
