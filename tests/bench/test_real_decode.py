@@ -36,7 +36,7 @@ def test_no_batch_that_was_laid_up_is_timed(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(real_decode, "seconds_of", seconds_of)
     monkeypatch.setattr(real_decode.arms, "plan_for", lambda device, attention: None)
     monkeypatch.setattr(real_decode.arms, "builders", lambda setting, plan: ({"ours": lambda: arm}, {}))
-    setting = Setting(ModelConfig(), MaskConfig(), batch_size=4, device=torch.device("cpu"))
+    setting = Setting(model=ModelConfig(), mask=MaskConfig(), batch_size=4, device=torch.device("cpu"))
     row = real_decode.measure(setting, "ours", [], num_workers=2, num_steps=3, rounds=2)
     assert row["share"] == 1.0
     one_round = [
