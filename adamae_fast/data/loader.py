@@ -9,6 +9,7 @@ Letters: B clips, T frames, S the clip's side in pixels.
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -341,11 +342,14 @@ def _start(
     others = set(multiprocessing.active_children())
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     handler = signal.getsignal(signal.SIGCHLD)
+    # No worker may collect what its parent left: the end of a DALI pipeline waits for threads, which no fork has.
+    gc.freeze()
     try:
         iterator = iter(loader)
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)
     finally:
+        gc.unfreeze()
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
     return iterator, [child for child in multiprocessing.active_children() if child not in others]
 

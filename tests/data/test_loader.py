@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import itertools
 import multiprocessing
 import os
@@ -138,6 +139,33 @@ def test_only_workers_open_videos(entries: list[Entry], monkeypatch: pytest.Monk
             with monkeypatch.context() as patch:
                 patch.setattr(dataset_module, "open_entry", open_in_a_worker)
                 _assert_same(alone, list(clip_batches(_config(decoder=decoder, num_workers=2), entries, 0, 3)))
+
+
+def test_workers_do_not_collect_what_their_parent_left(
+    entries: list[Entry], monkeypatch: pytest.MonkeyPatch, quick_to_notice: None
+) -> None:
+    """A pipeline of DALI that is garbage would wait in a worker, for ever, for threads that only its parent has."""
+    parent = os.getpid()
+
+    class Left:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            if os.getpid() != parent:
+                os._exit(3)
+
+    def collect_and_open(entry: Entry, decoder: DecoderName) -> VideoFile:
+        gc.collect()
+        return open_entry(entry, decoder)
+
+    monkeypatch.setattr(dataset_module, "open_entry", collect_and_open)
+    gc.disable()
+    try:
+        Left()
+        assert len(list(clip_batches(_config(num_workers=1), entries[:1], 0, 1))) == 1
+    finally:
+        gc.enable()
 
 
 def test_global_generators_are_left_alone(entries: list[Entry]) -> None:
