@@ -38,7 +38,7 @@ WEIGHTS_FILE = "model.safetensors"
 def transformers_config(model: ModelConfig, loss: LossConfig, num_classes: int | None = None) -> dict[str, Any]:
     """Return config.json for a pre-trained model, or for a classifier: the fields of transformers' VideoMAEConfig."""
     encoder, decoder = SIZES[model.size].encoder, SIZES[model.size].decoder
-    fields = {
+    fields: dict[str, Any] = {
         "architectures": ["VideoMAEForPreTraining"],
         "model_type": "videomae",
         "image_size": model.frame_size,

@@ -39,7 +39,8 @@ def infer_model(
         )
     width, _, tubelet_size, patch_size, _ = kernel
     depth = encoder_depth(shapes, names)
-    decoder_width = decoder_depth = None
+    decoder_width: int | None = None
+    decoder_depth: int | None = None
     if names("head.weight")[0] not in shapes:  # a classifier has no decoder
         decoder_width = _shape(shapes, names("projection.weight")[0], source)[0]
         decoder_depth = _depth(shapes, names, "decoder")

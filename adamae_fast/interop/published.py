@@ -87,7 +87,8 @@ def read_pth(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
 
     Raises ValueError as :func:`load_pth`, and for positions that were learned.
     """
-    tensors, notes = load_pth(path), []
+    tensors = load_pth(path)
+    notes = []
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
         notes.append("every name began with DDP's 'module.', which was removed")

@@ -34,7 +34,8 @@ def load_encoder(model: VideoClassifier, path: str | Path) -> LoadedKeys:
     that cannot be read safely, and for one that lacks part of the encoder. Then nothing has changed.
     """
     tensors, names, source = _read(Path(path), model)
-    ours, theirs = {}, {}
+    ours: dict[str, Tensor] = {}
+    theirs: dict[str, tuple[str, ...]] = {}
     for name in _encoder_names(model, encoder_depth(tensors, names)):
         pieces = names(name)
         if all(piece in tensors for piece in pieces):

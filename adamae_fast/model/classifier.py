@@ -245,8 +245,7 @@ class VideoClassifier(nn.Module):
         tokens_BND = self.features(video)
         with without_autocast(video.device):
             pooled_BD = tokens_BND.mean(dim=1, dtype=self.head.weight.dtype)
-            logits: Tensor = self.head(self.fc_norm(pooled_BD))
-            return logits
+            return self.head(self.fc_norm(pooled_BD))
 
     def _check_video(self, video: Tensor) -> None:
         if video.dtype != torch.uint8 and not video.is_floating_point():
