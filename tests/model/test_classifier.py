@@ -205,6 +205,8 @@ def test_recomputation_changes_no_bit(policy):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+# torch hides this one from its users, though not from a filter that makes errors of warnings.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_blocks_with_different_rates_share_compiled_code():
     """One graph for the block without drop path and one for all the others, not one for each rate."""
     torch._dynamo.reset()
@@ -266,12 +268,12 @@ def test_from_config_takes_any_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("text", "overrides", "words"),
     [
-        ("model: {size: tiny}", {}, r"recipe\.yaml: .*tiny"),
+        ("model: {size: tiny}", {}, r"recipe\.yaml: [\s\S]*model\.size[\s\S]*tiny"),
         ("model: {width: 3}", {}, r"recipe\.yaml: .*width"),
         ("model: {frame_size: 30}", {}, r"recipe\.yaml: model\.frame_size=30"),
         ("model: {", {}, r"recipe\.yaml: "),
         ("just words", {}, r"recipe\.yaml: not a recipe"),
-        ("{}", {"model.frame_size": "big"}, r"recipe\.yaml: .*big"),
+        ("{}", {"model.frame_size": "big"}, r"recipe\.yaml: [\s\S]*model\.frame_size[\s\S]*big"),
         ("{}", {"model.sampler.depth": 2}, r"model\.sampler\.depth=2 has no effect"),
         ("{}", {"mask.ratio": 0.5}, r"mask\.ratio=0\.5 has no effect"),
     ],
@@ -296,7 +298,7 @@ def test_from_pretrained_gives_a_classifier_back(tmp_path):
 
 def test_from_pretrained_starts_from_pre_training(tmp_path, caplog):
     torch.manual_seed(4)
-    pretrained = AdaMAE(TINY, MaskConfig())
+    pretrained = AdaMAE(TINY, MaskConfig(ratio=0.5))
     folder = write_run(tmp_path / "run", pretrained)
     with pytest.raises(ValueError, match=r"no classifier; give num_classes"):
         VideoClassifier.from_pretrained(folder)
