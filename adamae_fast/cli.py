@@ -129,6 +129,7 @@ _MEASUREMENTS = {
     "profile": "where a training step spends its time",
     "saved": "bytes kept for the backward by each --train.recompute",
     "data": "clips a second that decoders, prepared files and workers deliver",
+    "real_decode": "training on decoded videos against training on clips that are on the device already",
     "data_memory": "memory of a process that opens thousands of videos",
     "run": "single operations against plain PyTorch and torch.compile",
     "gpu": "all of these on a GPU machine, resumed where they were cut off",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -37,6 +38,11 @@ def describe_device(device: torch.device) -> str:
     if torch.cuda.is_available():
         return "cpu"
     return "cpu (this torch is built without CUDA)" if torch.version.cuda is None else "cpu (torch finds no GPU)"
+
+
+def num_usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def arithmetic(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

@@ -81,8 +81,8 @@ def _backends() -> list[Backend]:
             "cuda", "operations on the GPU in CUDA C++", library.PATH_CUDA, library.reason_missing_cuda, _LOST_CUDA
         ),
         # PyAV before decord, whose old codec libraries the whole process sees: PyAV must not pick them up.
-        _package("av", "PyAV: lists frames, decodes what decord cannot, writes videos"),
-        _package("decord", "fast seeking video decoder"),
+        _package("av", "PyAV: lists, decodes and writes videos"),
+        _package("decord", "data.decoder=decord"),
         _package("transformers", "conversion to and from its VideoMAE folders"),
         _triton(),
         *(_attention(name) for name in PACKAGES),

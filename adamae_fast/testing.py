@@ -5,18 +5,55 @@ Letters: B clips, C channels, T frames, H, W pixels, N tokens, K visible, M mask
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 from typing import Any, get_args
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
+from adamae_fast.ops import (
+    assemble_decoder,
+    gather_tokens,
+    head_patch_loss,
+    masked_patch_loss,
+    patchify,
+    registry,
+    sample_visible,
+    sampling_loss,
+)
 from adamae_fast.ops.masked_patch_loss import Error, Target
 from adamae_fast.ops.patchify import IMAGENET_MEAN, IMAGENET_STD
 from adamae_fast.ops.sample_visible import TokenSplit, split_tokens
+
+OPERATIONS = (
+    assemble_decoder,
+    gather_tokens,
+    head_patch_loss,
+    masked_patch_loss,
+    patchify,
+    sample_visible,
+    sampling_loss,
+)
+"""The modules of the operations."""
+
+
+@contextmanager
+def prefer(impl: registry.Impl) -> Iterator[None]:
+    """The public functions called without ``impl`` run the reference, or with "auto" what the dispatcher prefers."""
+
+    def choose(operation: OpOverload, asked: registry.Impl, device: torch.device) -> OpOverload:
+        return registry.choose(operation, impl if asked == "auto" else asked, device)
+
+    with ExitStack() as stack:
+        for operation in OPERATIONS:
+            stack.enter_context(patch.object(operation, "choose", choose))
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from adamae_fast.interop.keys import published_names, write_tensors
 from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.model.sizes import SIZES
 from adamae_fast.ops.patchify import IMAGENET_MEAN, IMAGENET_STD
+from adamae_fast.testing import prefer
 from adamae_fast.train.optim import build_optimizer
 from adamae_fast.train.step import Stepper
 from adamae_fast.train.step_graph import WARM_UP_STEPS
@@ -484,7 +485,7 @@ COMPARED = ("tokenizer.weight", "sampler.", "encoder.", "projection.weight", "ma
 
 
 class Parity:
-    """Compares arms with our model on the reference implementation of every operation, in fp32."""
+    """Compares arms with our model on the reference of every operation, in fp32; its attention is what "auto" takes."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
@@ -492,9 +493,9 @@ class Parity:
         model.load_state_dict(initial_state(setting))
         seeds_B = torch.arange(setting.batch_size, device=setting.device)
         video = setting.draw_video()
-        with torch.no_grad():
-            self.visible_ids = model.eval()(video, seeds=seeds_B).visible_ids
-        with without_dropout(model), _exact_products():
+        with prefer("reference"), without_dropout(model), _exact_products():
+            with torch.no_grad():
+                self.visible_ids = model.eval()(video, seeds=seeds_B).visible_ids
             loss = model.train()(video, visible_ids=self.visible_ids).loss
             loss.backward()
         self._loss, self._gradients = loss.item(), _take_gradients(model)

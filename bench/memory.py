@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +18,10 @@ from rich.table import Table
 
 from adamae_fast.config import DecoderConfig, MaskConfig, ModelConfig, Recompute, SamplerConfig
 from bench import arms, command, conditions, predict
-from bench.arms import Arm, Builder, Setting
+from bench.arms import Builder, Setting
 from bench.checkout import Checkout
 from bench.saved import CASTS, saved_bytes
-from bench.step import memory_on_gpu
+from bench.step import give_back_unused, memory_on_gpu
 
 GIB = 2**30
 
@@ -125,16 +124,18 @@ def on_cpu(case: Case, setting: Setting, checkout: Checkout | None) -> dict[str,
     name, build = arms_of(setting, checkout)
     row: dict[str, Any] = {"published_arm": name}
 
-    def counted(arm: Arm) -> int:
+    def counted(name: str) -> int:
+        give_back_unused()  # arms refer to themselves: without it those of all cases would be there at the end
+        arm = build[name]()
         kept = saved_bytes(arm.model, arm.keep)
         kept.pop(CASTS, None)
         return round(kept.total() / setting.batch_size)
 
-    row["published"] = counted(build["published"]())
+    row["published"] = counted("published")
     row["predicted-published"] = predict.kept_bytes_published(case.model, case.mask)
     once = predict.kept_bytes_once(case.model, case.mask) / setting.batch_size
     for policy in OURS:
-        row[f"ours-{policy}"] = counted(build[f"ours-{policy}"]())
+        row[f"ours-{policy}"] = counted(f"ours-{policy}")
         row[f"predicted-{policy}"] = round(predict.kept_bytes(case.model, case.mask, policy).total() + once)
         row[f"gpu-predicted-{policy}"] = predict.device_bytes(case.model, case.mask, policy, 16)
     return row
@@ -142,8 +143,7 @@ def on_cpu(case: Case, setting: Setting, checkout: Checkout | None) -> dict[str,
 
 def fits(build: Builder) -> bool:
     """Whether three steps run without running out of memory."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    give_back_unused()
     try:
         arm = build()
         for _ in range(3):

@@ -29,6 +29,9 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 
+STEP = "the profiled step"
+"""Name of the range around it: what the profiler itself does before and after, waits among it, is not the step's."""
+
 OPTIMIZER = "Optimizer.step"
 """Begins the name of the range that torch puts around an optimizer's step."""
 
@@ -59,7 +62,8 @@ def profiled(step: Callable[[], object], device: torch.device) -> torch.profiler
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.profiler.profile(activities=activities) as profile:
-            step()
+            with torch.profiler.record_function(STEP):
+                step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
     return profile
@@ -74,16 +78,17 @@ def _in_optimizer(event: FunctionEvent) -> bool:
     return False
 
 
-def count(profile: torch.profiler.profile, device: torch.device) -> Counts:
-    """Count what :class:`Counts` says; the wait that ends the profile is left out."""
-    events = [event for event in profile.events() or [] if event.device_type == DeviceType.CPU]
+def count(profile: torch.profiler.profile) -> Counts:
+    """Count what :class:`Counts` says, in all threads, from the start of the step to its end."""
+    on_host = [event for event in profile.events() or [] if event.device_type == DeviceType.CPU]
+    (whole,) = (event.time_range for event in on_host if event.name == STEP)
+    events = [event for event in on_host if whole.start <= event.time_range.start <= whole.end]
     names: Counter[str] = Counter(event.name for event in events)
     reads = [_in_optimizer(event) for event in events if event.name in READS]
-    waits = sum(names[name] for name in WAITS) - (device.type == "cuda")
     return Counts(
         reads=reads.count(False),
         reads_by_optimizer=reads.count(True),
-        waits=max(waits, 0),
+        waits=sum(names[name] for name in WAITS),
         launches=sum(names[name] for name in LAUNCHES),
         operators=sum(number for name, number in names.items() if name.startswith(("aten::", "adamae_fast::"))),
     )
@@ -103,6 +108,8 @@ def top_operators(profile: torch.profiler.profile, device: torch.device, number:
     on_gpu = device.type == "cuda"
     rows = []
     for average in profile.key_averages():
+        if average.key == STEP:
+            continue
         micro = average.self_device_time_total if on_gpu else average.self_cpu_time_total
         rows.append((micro, average.key, average.count))
     total = sum(micro for micro, _, _ in rows) or 1
@@ -136,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
                 arm.step()
             profile = profiled(arm.step, setting.device)
             top = top_operators(profile, setting.device)
-            rows.append({"arm": name, **asdict(count(profile, setting.device)), "top": top})
+            rows.append({"arm": name, **asdict(count(profile)), "top": top})
             if options.trace:
                 profile.export_chrome_trace(str(options.trace))
             table = Table("operator", "ms", "calls", "share", title=name)

@@ -42,18 +42,24 @@ def check_parity(arm: Arm, parity: Parity) -> str | None:
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
+def give_back_unused() -> None:
+    """Free what nothing refers to, and give memory that the allocator keeps back to the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def memory_on_gpu(build: Builder, parity: Parity | None = None) -> Row:
     """Allocated and reserved peak of one arm alone, in the last step of its warm-up.
 
     The optimizer's moments exist by then, and a graph is recorded in that step: its pool is allocated there and never
-    again.
+    again. What the parity's fp32 had reserved is given back before.
     """
-    gc.collect()
-    torch.cuda.empty_cache()
+    give_back_unused()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     arm = build()
     if parity is not None and (fault := check_parity(arm, parity)):
         return {"refused": fault}
+    give_back_unused()
     for _ in range(arms.WARM_UP - 1):
         arm.step()
     torch.cuda.reset_peak_memory_stats()
@@ -149,7 +155,7 @@ def measure(
         else:
             rows[name] |= memory_on_cpu(arm)
         profile = profiled(arm.step, setting.device)
-        rows[name] |= {**asdict(count(profile, setting.device)), **backends_of(arm, profile)}
+        rows[name] |= {**asdict(count(profile)), **backends_of(arm, profile)}
     say("timing, in turns")
     name_of_device = conditions.device_name(setting.device)
     timings = run_in_turns({name: arm.runner(timing.warm_up) for name, arm in built.items()}, timing)
@@ -176,13 +182,13 @@ def speedups(rows: list[Row]) -> dict[str, float]:
 
 
 def with_other_batches(result: Row, options: argparse.Namespace) -> Row:
-    """The result, beside rows of other batch sizes that the result file has of the same commit, versions and model."""
+    """The result, beside rows of other batches that the file has of the same commit, versions, model and checkout."""
     path = command.result_path("step", result, options)
     before = json.loads(path.read_text()) if path and path.is_file() else None
 
     def what(result: Row) -> Row:
         taken = {key: value for key, value in result["conditions"].items() if key not in ("date", "load")}
-        return {**taken, "model": result["model"]}
+        return {**taken, **{key: result[key] for key in ("model", "published_checkout")}}
 
     rows, skipped = result["rows"], result["skipped"]
     if before and what(before) == what(result):

@@ -25,7 +25,8 @@ inline float exp_of_negative(float x) {
   series = std::fma(series, r, 0.5f);
   series = std::fma(series, r, 1.0f);
   series = std::fma(series, r, 1.0f);
-  const float power = std::bit_cast<float>((std::bit_cast<int32_t>(shifted) + 127) << 23);
+  // Unsigned, because a NaN's bits may be the largest integer.
+  const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127u) << 23);
   return x < kSmallest ? 0.0f : series * power;
 }
 

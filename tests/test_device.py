@@ -1,3 +1,4 @@
+import os
 from contextlib import contextmanager
 
 import pytest
@@ -61,3 +62,9 @@ def test_a_real_copy_overtakes_the_step_under_way(pinned):
     uploader._stream.synchronize()
     assert not busy_until.query()
     assert torch.equal(copy.cpu(), video)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
+def test_cores_are_those_of_this_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 4})
+    assert device_module.num_usable_cores() == 2

@@ -62,8 +62,8 @@ def check_manifest(manifest: str, root: str | None = None, decoder: DecoderName 
     Args:
         manifest: an annotation file, a folder of videos, or a prepared folder.
         root: folder that relative paths start from; the manifest's own folder if null.
-        decoder: auto: decord where it is installed and reads the right frames, otherwise PyAV; or that one only; dali:
-            read as with auto, and say which videos DALI would decode on this machine, and why not the others.
+        decoder: auto: PyAV; pyav, decord: that one; dali: read as with auto, and say which videos DALI would decode on
+            this machine, and why not the others.
         json: print {manifest, videos, readable, unreadable, rows} in place of the table.
 
     Returns:

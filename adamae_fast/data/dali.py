@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
@@ -35,6 +34,7 @@ from adamae_fast.data.dataset import (
 from adamae_fast.data.decode import EncodedVideo, VideoFile
 from adamae_fast.data.loader import Batch
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError
+from adamae_fast.device import num_usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +229,7 @@ class DaliPipeline:
         index = self._device.index
         pipeline = Pipeline(
             batch_size=self._max_videos,
-            num_threads=max(1, min(MAX_THREADS, self._max_videos, len(os.sched_getaffinity(0)))),
+            num_threads=max(1, min(MAX_THREADS, self._max_videos, num_usable_cores())),
             device_id=None if not is_cuda else torch.cuda.current_device() if index is None else index,
             prefetch_queue_depth=1,  # batches are fed one by one
         )

@@ -2,7 +2,7 @@
 
 A pre-training clip starts anywhere in its video, and a decoder starts at the key frame before it. Videos from the web
 have one every 250 frames, and more pixels than a model sees. Here each is decoded once, brought to a smaller size, and
-encoded with a key frame every ``keyint`` frames, no frames out of order and none of the tools that make decoding slow.
+encoded with a key frame every ``keyint`` frames, in closed groups, and without the tools that make decoding slow.
 
 Workers encode single videos into ``.unfinished``, in any order; the parent appends them to shards in the manifest's
 order. What a killed run left there is used by the next one, and equal input gives equal bytes.
@@ -21,6 +21,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -47,10 +48,14 @@ from adamae_fast.data.shards import (
     read_index,
     write_file,
 )
+from adamae_fast.device import num_usable_cores
 from adamae_fast.errors import RunStoppedError
 
 UNFINISHED = ".unfinished"
 """Folder in OUT for what no shard holds yet."""
+
+LOOK_SECONDS = 0.5
+"""How often the workers are looked at where none of them reports."""
 
 
 def prepare(
@@ -63,6 +68,7 @@ def prepare(
     shards: str = "512MB",
     max_seconds: float = 0.0,
     num_workers: int | None = None,
+    timeout: float = 3600.0,
 ) -> int:
     """Encode a manifest's videos once into tar shards that are cheap to read: data.manifest=OUT trains from them.
 
@@ -80,6 +86,7 @@ def prepare(
         shards: size of a tar file, such as 512MB or 2GB.
         max_seconds: only so much of each video from its start on is kept; 0 for all of it.
         num_workers: encoding processes; one for each core if null.
+        timeout: seconds that one video may take. One that takes longer counts as unreadable: its decoder is stuck.
 
     Returns:
         The exit status: 0; 1 if anything is unreadable; 130 after Ctrl-C.
@@ -90,12 +97,13 @@ def prepare(
         RunStoppedError: the disk is full, or a process was killed.
     """
     if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0))
+        num_workers = num_usable_cores()
     for name, value, is_valid, remedy in (
         ("short_side", short_side, short_side >= 16 and short_side % 2 == 0, "an even number of at least 16"),
         ("keyint", keyint, 1 <= keyint <= 1000, "1 to 1000 frames"),
         ("max_seconds", max_seconds, 0 <= max_seconds < math.inf, "0 or more seconds"),
         ("num_workers", num_workers, num_workers >= 1, "at least 1"),
+        ("timeout", timeout, timeout > 0, "a positive number of seconds"),
     ):
         if not is_valid:
             raise ValueError(f"{name}={value}: choose {remedy}")
@@ -110,7 +118,7 @@ def prepare(
         if not index.is_finished:
             try:
                 with closing(_Assembler(folder, shard_bytes, entries, index)) as assembler:
-                    _encode_all(assembler, settings, num_workers, lock)
+                    _encode_all(assembler, settings, num_workers, timeout, lock)
             except KeyboardInterrupt:
                 done = read_index(index.path)
                 print(f"stopped; {_whole(done)} in {folder}; the same command goes on", file=sys.stderr)
@@ -170,8 +178,11 @@ def _begin(folder: Path, settings: dict[str, Any], manifest: str, entries: Seque
         found = [name for name in sorted(os.listdir(folder)) if name != UNFINISHED]
         if found:
             raise ValueError(f"out={str(folder)!r}: already holds something ({found[0]}); choose a new folder")
-        (folder / UNFINISHED).mkdir(exist_ok=True)
-        write_file(index, json.dumps(header) + "\n", folder / UNFINISHED)
+        scratch = folder / UNFINISHED
+        if scratch.exists():  # "rm OUT/*" leaves it behind: of which settings, nothing says any more
+            shutil.rmtree(scratch)
+        scratch.mkdir()
+        write_file(index, json.dumps(header) + "\n", scratch)
     prepared = read_index(index)
     theirs = prepared.header
     old = theirs.get("settings")
@@ -230,7 +241,7 @@ def _tidy(folder: Path, index: PreparedIndex) -> None:
         shutil.rmtree(scratch)
 
 
-def _encode_all(assembler: _Assembler, settings: Settings, num_workers: int, lock: int) -> None:
+def _encode_all(assembler: _Assembler, settings: Settings, num_workers: int, timeout: float, lock: int) -> None:
     entries = assembler.entries
     progress = Progress(
         TextColumn("preparing"),
@@ -242,7 +253,7 @@ def _encode_all(assembler: _Assembler, settings: Settings, num_workers: int, loc
         auto_refresh=False,  # no thread: this process forks
     )
     positions = range(assembler.position, len(entries))
-    pool = _Pool(assembler.scratch, settings, entries, lock)
+    pool = _Pool(assembler.scratch, settings, entries, timeout, lock)
     with progress, closing(pool.run(positions, num_workers, progress.refresh)) as outcomes:
         task = progress.add_task("", total=len(entries), completed=positions.start)
         waiting: dict[int, Outcome] = {}
@@ -338,6 +349,8 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         self.position = -1
         """What it is encoding."""
+        self.seconds = 0.0
+        """So long it has been at it."""
         # Copies of the parent's ends would keep workers from noticing that the parent has died.
         inherited = [self.connection.fileno(), *(other.connection.fileno() for other in pool.workers), pool.lock]
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -349,7 +362,7 @@ class _Worker:
         theirs.close()
 
     def send(self, position: int) -> None:
-        self.position = position
+        self.position, self.seconds = position, 0.0
         with suppress(ConnectionError):  # it has died: that shows when its outcome is waited for
             self.connection.send(position)
 
@@ -361,29 +374,38 @@ class _Worker:
 
 @dataclass
 class _Pool:
-    """Processes that encode; one that a video crashes is replaced."""
+    """Processes that encode; one that a video crashes, or keeps for longer than ``timeout`` seconds, is replaced."""
 
     scratch: Path
     settings: Settings
     entries: Sequence[Entry]
+    timeout: float
     lock: int
     workers: list[_Worker] = field(default_factory=list)
 
     def run(
         self, positions: Sequence[int], num_workers: int, refresh: Callable[[], None]
     ) -> Generator[tuple[int, Outcome], None, None]:
-        """Places and outcomes, in any order. ``refresh`` is called twice a second or more often."""
+        """Places and outcomes, in any order. ``refresh`` is called at every look."""
         following = iter(positions)
         try:
             for position in islice(following, num_workers):
                 self._start(position)
+            before = time.monotonic()
             while self.workers:
-                ready = wait([worker.connection for worker in self.workers], timeout=0.5)
+                ready = wait([worker.connection for worker in self.workers], timeout=LOOK_SECONDS)
+                # Where everything stood still (Ctrl-Z, a shard that is written), no video is to blame.
+                now = time.monotonic()
+                passed, before = min(now - before, 2 * LOOK_SECONDS), now
+                for worker in self.workers:
+                    worker.seconds += passed
+                    if worker.seconds > self.timeout and worker.connection not in ready:
+                        worker.process.kill()  # which shows as the end of its connection
                 for worker in [worker for worker in self.workers if worker.connection in ready]:
                     try:
                         outcome = worker.connection.recv()
                     except (EOFError, ConnectionError):
-                        outcome = _crashed(worker, self.entries[worker.position])
+                        outcome = _died(worker, self.entries[worker.position], self.timeout)
                     if isinstance(outcome, OSError):
                         raise outcome
                     yield worker.position, outcome
@@ -406,10 +428,12 @@ class _Pool:
         worker.send(position)
 
 
-def _crashed(worker: _Worker, entry: Entry) -> Outcome:
+def _died(worker: _Worker, entry: Entry, timeout: float) -> Outcome:
     """A decoder's fault is the video's; any other death of a worker ends the run."""
     worker.process.join()
     code = worker.process.exitcode or 0
+    if worker.seconds > timeout and code == -signal.SIGKILL:
+        return Outcome(None, f"took longer than {timeout:g} s")
     cause = signal.Signals(-code).name if code < 0 else f"exit status {code}"
     if -code in CRASH_SIGNALS:
         return Outcome(None, f"crashed the decoder ({cause})")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 
 from adamae_fast.config import PretrainConfig
 from adamae_fast.data.loader import Batch
+from adamae_fast.device import num_usable_cores
 
 log = logging.getLogger("adamae_fast")
 
@@ -16,6 +16,9 @@ STALL_SHARE = 0.1
 
 STALL_STEPS = 200
 """So many steps in a row, and it is told so."""
+
+MANY_BY_DALI = 0.9
+"""Where DALI decodes a smaller share of the videos, those that fall back are what the run waits for."""
 
 LONG_WAY = 1.5
 """Key frames are far apart where a clip's frames take this many times the decoding that they would take from their
@@ -88,17 +91,18 @@ class StallWatch:
             )
 
 
-def num_usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def advice(config: PretrainConfig, device_type: str, metrics: Mapping[str, float], num_cores: int) -> str:
     """The knob to turn first, from what is known; the next ones show once it is turned."""
     data = config.data
     on_cpu = data.decoder in ("auto", "decord", "pyav")
     if on_cpu and data.num_workers < num_cores:
         return f"raise data.num_workers={data.num_workers}: this process may use {num_cores} cores"
+    if metrics.get("dali_share", 1.0) < MANY_BY_DALI:
+        codec = "h264" if device_type == "cuda" else "vp9"
+        return (
+            f"write the videos anew with adamae-fast data prepare --codec {codec}: DALI decodes only "
+            f"{metrics['dali_share']:.0%} of them (adamae-fast data check --decoder dali says why)"
+        )
     if data.repeat == 1:
         return "set data.repeat=2 or 4, so that each decode serves as many clips (another experiment: in a new run)"
     span = (config.model.num_frames - 1) * data.stride + 1

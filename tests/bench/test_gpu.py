@@ -1,6 +1,7 @@
 """The plan of a GPU machine: the whole of it rehearsed on the CPU, and going on where it was cut off."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,27 @@ def test_a_step_is_not_begun_without_time_and_cut_off_after_it(tmp_path: Path) -
     assert state["failed"]["slow"].startswith("cut off after")
     assert state["failed"]["late"].startswith("not begun")
     assert not (tmp_path / "log").exists()
+
+
+def test_a_step_that_was_cut_off_gets_all_that_is_left_at_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or one that is slower than expected would be cut off for ever."""
+    limits: list[float] = []
+
+    def run(command: list[str], *, timeout: float, **_: object) -> subprocess.CompletedProcess[str]:
+        limits.append(timeout)
+        if len(limits) == 1:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(conditions, "nvdec", str)  # asks a process, too
+    monkeypatch.setattr(subprocess, "run", run)
+    todo = [writes(tmp_path, "slow")]
+    assert gpu.run_all(todo, tmp_path, 1000, "commit")["failed"] == {"slow": "cut off after 20 s"}
+    state = gpu.run_all(todo, tmp_path, 1000, "commit")
+    assert (set(state["done"]), state["failed"]) == ({"slow"}, {})
+    assert limits == [20, pytest.approx(1000, abs=10)]
 
 
 def test_arms_of_the_plan_exist() -> None:

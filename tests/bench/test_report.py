@@ -55,6 +55,42 @@ def test_other_results_are_another_headline() -> None:
     assert "![A training step](results/step_x.png)" in text
 
 
+def test_goals_of_a_gpu_are_judged() -> None:
+    one = a_step("NVIDIA H200", "570", allocated_bytes=5_600_000_000, reserved_bytes=6_000_000_000)
+    published, ours = ({**row, "batch": 32} for row in one["rows"])
+    compiled, recorded = {**ours, "arm": "tuned+compile", "ms": 54.0}, {**ours, "arm": "ours-fc1+graph"}
+    recorded |= {"ms": 30.0, "allocated_bytes": 1_400_000_000, "mfu": 0.3, "waits": 2}
+    one["rows"] += [published, compiled, ours, recorded]
+
+    def line(goal: str, first: str, last: str = "not measured") -> str:
+        return f"| {goal} | {first} | not measured | not measured | {last} |"
+
+    lines = [
+        line("batch 16: at least 2.8 times as fast as published-fp16", "2.00, missed"),
+        line("batch 16: at least 3.5 times less allocated than published-fp16", "1.00, missed"),
+        line("batch 16: no wait of the host", "0, met"),
+        line("batch 32: at least 3 times as fast as published-fp16", "2.00, missed", "3.00, met"),
+        line("batch 32: at least 1.2 times as fast as tuned+compile", "1.20, met", "1.80, met"),
+        line("batch 32: at least 4.5 times less allocated than published-fp16", "1.00, missed", "4.00, missed"),
+        line("batch 32: at least 0.3 of the peak", "0.25, missed", "0.30, met"),
+        line("batch 32: no wait of the host", "0, met", "2, missed"),
+    ]
+    assert "\n".join(lines) in report.page({"step": [one]})
+    assert report.gpu_goals(a_step("another GPU", "570")) == []
+
+
+def test_goals_of_a_cpu_are_those_of_its_batch() -> None:
+    result = a_step("Xeon", "", saved_bytes_per_clip=310_000_000, peak_extra_bytes=1)
+    (published, ours), other = result["rows"], {"saved_bytes_per_clip": 1, "reads": 1}
+    rows = [{**published, "batch": 2}, {**ours, "batch": 2}, {**ours, **other, "batch": 4}]
+    faster = {"1": {"ours-none": 1.0}, "2": {"published-fp16": 1.0, "ours-none": 1.5}}
+    text = "\n".join(report.cpu_goals({**result, "rows": rows, "speedup": faster}))
+    assert "at most 300 MB a clip | 310.0 | no |" in text
+    assert "at most 130 MB a clip | not measured | – |" in text
+    assert "our step: none | 0 | yes |" in text
+    assert "at least 1.4 times as fast as published-fp16 | 1.50 | yes |" in text
+
+
 def test_a_quick_run_is_no_headline() -> None:
     quick = {**a_step("Xeon", "", saved_bytes_per_clip=1, peak_extra_bytes=1), "quick": True}
     assert report.headline({"step": [quick]}) == report.headline({})

@@ -1,18 +1,25 @@
 """Whole-step measurements at tiny sizes: arms agree, and what is counted is what happened."""
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamae_fast.cli import main as adamae_fast
 from adamae_fast.config import ModelConfig
+from adamae_fast.ops.registry import NAMESPACE
 from adamae_fast.train.step import Stepper
-from bench import arms, checkout, command, conditions, memory, profile, step, throughput
+from bench import arms, checkout, command, conditions, memory, profile, saved, step, throughput
 from bench.timing import Plan
 
 # torch's compiler looks at .grad of what crosses from one graph to the next.
@@ -62,13 +69,72 @@ def test_another_loss_or_gradient_is_found(built, monkeypatch: pytest.MonkeyPatc
     assert parity.fault(arm).startswith("the gradient of sampler. is off")
 
 
+def test_parity_is_parity_with_the_references() -> None:
+    """Or ours would be compared with themselves."""
+    seen: set[str] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == NAMESPACE:
+                seen.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    model, mask = command.TINY
+    setting = arms.Setting(model=model, mask=mask, batch_size=2, device=CPU)
+    with Watch():
+        arms.Parity(setting)
+    assert {f"{NAMESPACE}.{name}.reference" for name in ("sample_visible", "embed_tubelets_backward")} <= seen
+    assert all(name.endswith(".reference") for name in seen)
+
+
 def test_our_step_reads_no_tensor_on_the_host(built) -> None:
     all_arms, _, _ = built
     for name in ("ours-none", "ours-fc1"):
         all_arms[name].step()
-        assert profile.count(profile.profiled(all_arms[name].step, CPU), CPU).reads == 0
-    published = profile.count(profile.profiled(all_arms["published-like-fp32"].step, CPU), CPU)
+        assert profile.count(profile.profiled(all_arms[name].step, CPU)).reads == 0
+    published = profile.count(profile.profiled(all_arms["published-like-fp32"].step, CPU))
     assert published.reads > 10
+
+
+def test_waits_of_the_profiler_are_not_those_of_a_step() -> None:
+    """It waits for a GPU itself before it ends."""
+
+    def event(name: str, start: int, end: int) -> argparse.Namespace:
+        time_range = argparse.Namespace(start=start, end=end)
+        return argparse.Namespace(name=name, time_range=time_range, device_type=DeviceType.CPU, cpu_parent=None)
+
+    outside = [event(name, at, at + 1) for name in ("cudaDeviceSynchronize", "cudaLaunchKernel") for at in (5, 21, 25)]
+    inside = [event(profile.STEP, 10, 20), event("cudaStreamSynchronize", 12, 13), event("cudaLaunchKernel", 19, 22)]
+    counts = profile.count(argparse.Namespace(events=lambda: outside + inside))
+    assert (counts.waits, counts.launches) == (1, 1)
+
+
+def test_what_the_parity_reserved_is_not_an_arms_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's allocator keeps what was freed; here it is a number of bytes."""
+    reserved = 0
+
+    def reserve(num_bytes: int) -> None:
+        nonlocal reserved
+        reserved = max(reserved, num_bytes)
+
+    def empty_cache() -> None:
+        nonlocal reserved
+        reserved = 0
+
+    class Arm:
+        def step(self) -> None:
+            reserve(100)
+
+    def fault(arm: Arm) -> None:
+        reserve(1000)
+
+    in_place_of = {"empty_cache": empty_cache, "memory_reserved": lambda: reserved, "mem_get_info": lambda: (0, 0)}
+    in_place_of |= {name: lambda: 0 for name in ("memory_allocated", "max_memory_allocated")}
+    in_place_of |= {name: lambda: None for name in ("reset_peak_memory_stats", "synchronize")}
+    for name, function in in_place_of.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    parity = argparse.Namespace(fault=fault)
+    assert step.memory_on_gpu(Arm, parity)["reserved_bytes"] == 100
 
 
 def test_an_option_that_this_version_lacks_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,12 +162,13 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
 def test_rows_of_another_batch_size_stay_where_all_else_is_the_same(tmp_path: Path) -> None:
     options = argparse.Namespace(out=tmp_path, quick=True)
 
-    def measured(batch: int, ms: float, **other: str) -> dict:
+    def measured(batch: int, ms: float, published: str | None = None, **other: str) -> dict:
         taken = {"device": "cpu", "cores": "2", "commit": "abc", "date": f"day {batch}", "load": "0", **other}
         rows = [
             {"arm": arm, "batch": batch, "ms": ms / i} for i, arm in enumerate(("published-fp32", "tuned"), start=1)
         ]
-        return {"conditions": taken, "model": "nano", "rows": rows, "skipped": {f"arm-{batch}": "none"}}
+        what = {"conditions": taken, "model": "nano", "published_checkout": published}
+        return {**what, "rows": rows, "skipped": {f"arm-{batch}": "none"}}
 
     command.finish("step", step.with_other_batches(measured(32, 10), options), options)
     both = step.with_other_batches(measured(16, 6), options)
@@ -110,8 +177,8 @@ def test_rows_of_another_batch_size_stay_where_all_else_is_the_same(tmp_path: Pa
     assert set(both["skipped"]) == {"arm-16", "arm-32"}
     again = step.with_other_batches(measured(32, 8), options)
     assert [row["ms"] for row in again["rows"]] == [8, 4]
-    other = step.with_other_batches(measured(16, 6, commit="def"), options)
-    assert {row["batch"] for row in other["rows"]} == {16}
+    for other in (measured(16, 6, commit="def"), measured(16, 6, published="aa19850")):
+        assert {row["batch"] for row in step.with_other_batches(other, options)["rows"]} == {16}
 
 
 def test_clips_in_pinned_memory_are_uploaded_by_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +222,26 @@ def test_bisection_finds_the_largest() -> None:
         found = memory.largest(lambda batch, limit=limit: batch <= limit, 64)
         assert 0 <= limit - found <= limit // 64
     assert memory.largest(lambda batch: False, 64) == 0
+
+
+def test_no_arm_of_another_case_is_there_while_bytes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At ViT-B each has gigabytes. What the published code leaves, with ADAMAE_PUBLISHED, the collector alone frees."""
+    models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+    def count_alone(model: torch.nn.Module, call: Callable[[], object]) -> Counter[str]:
+        models.add(model)
+        assert len(models) == 1
+        return saved.saved_bytes(model, call)
+
+    monkeypatch.setattr(memory, "saved_bytes", count_alone)
+    setting = command.setting_of(argparse.Namespace(device="cpu", quick=True), 1)
+    cases = [memory.shrunk(case) for case in memory.CASES if case.name in memory.QUICK_CASES]
+    gc.disable()
+    try:
+        for case in cases:
+            assert memory.on_cpu(case, memory.setting_of(case, setting, 1), published_checkout())["published"] > 0
+    finally:
+        gc.enable()
 
 
 def test_quick_cases_are_among_the_papers() -> None:

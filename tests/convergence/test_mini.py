@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from adamae_fast.config import (
+    AttentionConfig,
     LossConfig,
     MaskConfig,
     ModelConfig,
@@ -23,9 +24,9 @@ from adamae_fast.config import (
     SamplerConfig,
     TrainConfig,
 )
+from adamae_fast.testing import prefer
 from adamae_fast.train.compile import compile_blocks
 from adamae_fast.train.step import Stepper
-from tests.ops.conftest import prefer
 
 STEPS = 30
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)")
@@ -41,10 +42,15 @@ def train(
     recompute: Recompute = "none",
     dropout: float = 0.0,
     compiler: str | None = None,
+    attention: str = "auto",
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the loss of each step in fp64, and which tokens were visible."""
     config = PretrainConfig(
-        model=ModelConfig(**SIZES, sampler=SamplerConfig(dropout=dropout)),
+        model=ModelConfig(
+            **SIZES,
+            sampler=SamplerConfig(dropout=dropout),
+            attention=AttentionConfig(encoder=attention, sampler=attention, decoder=attention),
+        ),
         mask=MaskConfig(ratio=0.75),
         loss=LossConfig(target=target),
         optim=OptimConfig(),
@@ -71,7 +77,7 @@ def train(
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("target", ["normalized", "mae_st"])
 def test_kernels_train_as_the_references_do(target: str, device: str) -> None:
-    assert_trains_as_the_reference(target, device, compiler=None)
+    assert_trains_as_the_reference(target, device)
 
 
 # torch hides this one from its users, though not from a filter that makes errors of warnings.
@@ -83,10 +89,26 @@ def test_compiled_blocks_train_as_the_references_do(compiler: str, device: str) 
     assert_trains_as_the_reference("normalized", device, compiler)
 
 
-def assert_trains_as_the_reference(target: str, device: str, compiler: str | None) -> None:
-    truth, ids_of_truth = train("reference", torch.float64, target, device)
-    reference, ids_of_reference = train("reference", torch.float32, target, device)
-    kernels, ids_of_kernels = train("auto", torch.float32, target, device, compiler=compiler)
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        ("sdpa", "cpu"),
+        ("sdpa_flash", "cpu"),
+        *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in ("sdpa", "sdpa_efficient")),
+    ],
+)
+def test_attention_back_ends_train_as_the_formula_does(backend: str, device: str) -> None:
+    """Those that take fp32."""
+    assert_trains_as_the_reference("normalized", device, attention=backend, formula="reference")
+
+
+def assert_trains_as_the_reference(
+    target: str, device: str, compiler: str | None = None, attention: str = "auto", formula: str = "auto"
+) -> None:
+    """``formula``: the attention of the references."""
+    truth, ids_of_truth = train("reference", torch.float64, target, device, attention=formula)
+    reference, ids_of_reference = train("reference", torch.float32, target, device, attention=formula)
+    kernels, ids_of_kernels = train("auto", torch.float32, target, device, compiler=compiler, attention=attention)
     assert truth[-5:].mean() < truth[:5].mean()
     # Masks are the same to the last token, or a loss would differ by more than rounding.
     for ids in (ids_of_reference, ids_of_kernels):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import os
 import pickle
 import subprocess
 import sys
@@ -159,7 +161,7 @@ def test_ids_name_the_same_pictures_in_every_container(
             assert numbers(video.read([39])) == [39]
 
 
-def test_av1_falls_back_to_pyav(tmp_path: Path, write_video: WriteVideo, numbers: Numbers) -> None:
+def test_av1(tmp_path: Path, write_video: WriteVideo, numbers: Numbers) -> None:
     path = str(write_video(tmp_path / "a.mp4", 12, codec="libsvtav1", options={"preset": "12", "crf": "20"}))
     with closing(open_video(path)) as video:
         assert numbers(video.read([3, 11])) == [3, 11]
@@ -407,15 +409,30 @@ def test_lost_frames_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         video.num_frames += 1
         with pytest.raises(VideoError, match="24 of 25 frames decode"):
             video.read([9, 12])
+        assert video.num_decoded == 25  # all of it was tried
         assert video.read([3]).shape == (1, 48, 64, 3)
+        assert video.num_decoded == 4
 
 
-def test_reading_again_and_backwards(tmp_path: Path, write_video: WriteVideo, numbers: Numbers) -> None:
-    path = str(write_video(tmp_path / "a.mp4", 40))
-    for decoder in DECODERS:
+ENCODERS: dict[str, dict[str, Any]] = {
+    "h264.mp4": {},
+    "hevc.mkv": {"codec": "libx265", "options": {"x265-params": "log-level=none:keyint=8:bframes=2"}},
+    "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12", "crf": "20", "g": "8"}},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "16", "cpu-used": "8", "auto-alt-ref": "1"}},
+    "vp8.webm": {"codec": "libvpx", "options": {"g": "8", "cpu-used": "8"}},
+    "mpeg4.mp4": {"codec": "mpeg4", "options": {"g": "8", "bf": "2", "b": "2M"}},
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_reading_again_and_backwards(tmp_path: Path, write_video: WriteVideo, numbers: Numbers, name: str) -> None:
+    """After each read the decoder has been told that the file ends."""
+    path = str(write_video(tmp_path / name, 40, **ENCODERS[name]))
+    for decoder in DECODERS if name == "h264.mp4" else ("pyav",):
         with closing(open_video(path, decoder)) as video:
             for ids in ([30], [31, 3, 30], [39], [0], [39, 0]):
                 assert numbers(video.read(ids)) == ids
+                assert ids != [39] or video.num_decoded <= 24  # the way from a key frame
 
 
 def test_without_decord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_video: WriteVideo) -> None:
@@ -489,14 +506,29 @@ def test_broken_folders_of_images(tmp_path: Path, write_images: Callable[..., Pa
 
 
 @needs_decord
-def test_decord_counts_other_frames_than_there_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_video: WriteVideo, numbers: Numbers
-) -> None:
+def test_decord_counts_other_frames_than_there_are(tmp_path: Path, write_video: WriteVideo) -> None:
     """Whatever decord does to a file, a count or a size that does not fit never reaches a clip."""
-    path = str(write_video(tmp_path / "a.mp4", 12))
-    other = str(write_video(tmp_path / "b.mp4", 9))
-    monkeypatch.setattr("os.path.abspath", lambda p: p)
-    with closing(EncodedVideo(path, "auto")) as video:
-        video._file = other
-        assert numbers(video.read([11])) == [11]
-        assert video.decoder == "pyav"
+    path = write_video(tmp_path / "a.mp4", 12)
+    others = {
+        write_video(tmp_path / "short.mp4", 9): "decord: counts 9 frames, there are 12",
+        write_video(tmp_path / "large.mp4", 12, height=96): r"decord: frames of \(96, 64\), expected \(48, 64\)",
+    }
+    for other, says in others.items():
+        with closing(EncodedVideo(str(path), "decord")) as video:
+            video._file = str(other)
+            with pytest.raises(VideoError, match=says):
+                video.read([3])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_a_file_that_cannot_be_opened_is_closed(tmp_path: Path) -> None:
+    _write_sound(tmp_path / "sound.wav")
+    gc.disable()  # it would find what refers to itself, some time
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            with pytest.raises(VideoError):
+                open_video(str(tmp_path / "sound.wav"))
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        gc.enable()

@@ -14,19 +14,16 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from PIL import Image
 
 from adamae_fast.cli import main
 from adamae_fast.config import DataConfig
 from adamae_fast.data import prepare as prepare_module
 from adamae_fast.data.check import check_manifest
 from adamae_fast.data.dataset import PretrainClips
-from adamae_fast.data.decode import EncodedVideo, VideoError, decord_is_installed, fitted_size, open_entry, open_video
+from adamae_fast.data.decode import EncodedVideo, decord_is_installed, open_entry
 from adamae_fast.data.encode import Settings, encode
 from adamae_fast.data.manifest import Entry, read_manifest
 from adamae_fast.data.prepare import prepare
-from adamae_fast.data.synthetic import render
 from adamae_fast.errors import RunStoppedError
 
 WriteVideo = Callable[..., Path]
@@ -226,55 +223,6 @@ def test_check_and_training_read_it(
     assert {video.path for video in bad} == {victim.path}
 
 
-@pytest.mark.parametrize("codec", ["h264", "vp9"])
-def test_content_is_the_source_resized(tmp_path: Path, codec: Any) -> None:
-    """Against Pillow's resize of the frames before the source was ever encoded; a neighbour frame is farther off."""
-    frames, _ = render("move-left", np.random.default_rng(0), num_frames=10, width=192, height=144)
-    with av.open(str(tmp_path / "a.mp4"), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=25, options={"crf": "8"})
-        stream.width, stream.height, stream.pix_fmt = 192, 144, "yuv444p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    (tmp_path / "list.txt").write_text("a.mp4\n")
-    assert prepare(str(tmp_path / "list.txt"), str(tmp_path / "out"), codec=codec, short_side=96, num_workers=1) == 0
-    with closing(open_entry(read_manifest(str(tmp_path / "out"))[0])) as video:
-        read = video.read(np.arange(10)).astype(float)
-    with closing(open_video(str(tmp_path / "a.mp4"), "pyav")) as video:
-        resized = np.stack(list(video.in_order(96))).astype(float)
-    assert read.shape == resized.shape == (10, 96, 128, 3)
-    bicubic = Image.Resampling.BICUBIC
-    truth = np.stack([np.asarray(Image.fromarray(frame).resize((128, 96), bicubic)) for frame in frames]).astype(float)
-    assert _psnr(resized, truth) > 44
-    # Colour is stored at half the resolution: brightness is what an encoder is to keep.
-    assert _psnr(read, truth) > 29
-    assert _psnr(read.mean(axis=-1), truth.mean(axis=-1)) > 35
-    errors = ((read[:, None] - truth[None]) ** 2).mean(axis=(2, 3, 4))
-    assert (errors.argmin(axis=1) == np.arange(10)).all()
-
-
-def _psnr(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    return float(10 * np.log10(255**2 / ((one - other) ** 2).mean()))
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "short_side", "expected"),
-    [
-        (256, 340, 320, (256, 340)),
-        (720, 1280, 320, (320, 568)),
-        (1280, 720, 320, (568, 320)),
-        (241, 321, 320, (240, 320)),
-        (321, 321, 320, (320, 320)),
-        (343, 323, 320, (340, 320)),
-        (1, 1, 320, (2, 2)),
-        (16, 8192, 320, (16, 8192)),
-        (3, 5, 320, (2, 4)),
-    ],
-)
-def test_sizes(height: int, width: int, short_side: int, expected: tuple[int, int]) -> None:
-    assert fitted_size(height, width, short_side) == expected
-
-
 def test_only_the_first_seconds(manifest: Path, tmp_path: Path, numbers: Numbers) -> None:
     _small(manifest, tmp_path / "out", max_seconds=0.5)
     kept = []
@@ -399,6 +347,23 @@ def test_what_was_encoded_is_used_again(
     assert all(checksum.encode() in undisturbed["prepared.jsonl"] for checksum in sums)
 
 
+def test_what_another_preparation_left_is_not_used(manifest: Path, tmp_path: Path) -> None:
+    """``rm -r out/*``, which spares hidden names, between two runs."""
+    out, left = tmp_path / "out", tmp_path / "out" / ".unfinished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module._Assembler, "finish", _suicide)
+        process = _in_a_process(lambda: _small(manifest, out, shards="1GB"))
+        process.join()
+    (out / "prepared.jsonl").unlink()
+    assert len(list(left.glob("*.video"))) == 8
+    other = manifest.parent / "one.txt"
+    other.write_text("turned.mp4\n")
+    _wait_until(lambda: _small(other, out, short_side=16) == 0)
+    (entry,) = read_manifest(str(out))
+    assert entry.prepared is not None
+    assert (entry.prepared.num_frames, entry.prepared.height, entry.prepared.width) == (18, 20, 16)
+
+
 def test_ctrl_c_ends_the_workers_and_the_next_run_goes_on(
     manifest: Path, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,6 +405,22 @@ def test_a_video_that_crashes_the_decoder(manifest: Path, tmp_path: Path, monkey
     assert [entry.label for entry in read_manifest(str(tmp_path / "out"))] == [0, 100, 2, 4, 5, 6, 7]
 
 
+def test_a_video_that_keeps_the_decoder(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(entry: Entry, path: Path, settings: Settings) -> dict[str, Any]:
+        if entry.path.endswith("open.mp4"):
+            time.sleep(3600)
+        return encode(entry, path, settings)
+
+    monkeypatch.setattr(prepare_module, "encode", hang)
+    monkeypatch.setattr(prepare_module, "LOOK_SECONDS", 0.02)
+    assert _small(manifest, tmp_path / "out", num_workers=2, timeout=5.0) == 1
+    lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    reasons = {Path(line["path"]).name: line["reason"] for line in lines}
+    assert reasons["open.mp4"] == "took longer than 5 s"
+    assert len(reasons) == 3
+    assert [entry.label for entry in read_manifest(str(tmp_path / "out"))] == [0, 100, 2, 4, 5, 6, 7]
+
+
 def test_a_killed_worker_ends_the_run(
     manifest: Path, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,14 +437,19 @@ def test_a_full_disk(
     manifest: Path, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, full: str
 ) -> None:
     """/dev/full says to every write that no space is left; once to a shard, once to the encoder."""
-    (tmp_path / "out" / ".unfinished").mkdir(parents=True)
+    begin = prepare_module._begin
+
+    def begin_with_full(*arguments: Any) -> Any:
+        index = begin(*arguments)
+        (tmp_path / "out" / ".unfinished" / full).symlink_to("/dev/full")
+        return index
 
     def to_full(entry: Entry, path: Path, settings: Settings) -> dict[str, Any]:
         return encode(entry, Path("/dev/full") if path.name.startswith(full.split(".")[0]) else path, settings)
 
     with monkeypatch.context() as patch:
         if full.endswith(".tar"):
-            (tmp_path / "out" / ".unfinished" / full).symlink_to("/dev/full")
+            patch.setattr(prepare_module, "_begin", begin_with_full)
         else:
             patch.setattr(prepare_module, "encode", to_full)
         with pytest.raises(
@@ -517,6 +503,7 @@ def test_errors_of_the_user(manifest: Path, tmp_path: Path) -> None:
         ({"max_seconds": -1.0}, "max_seconds=-1.0"),
         ({"max_seconds": float("nan")}, "max_seconds=nan"),
         ({"num_workers": 0}, "num_workers=0"),
+        ({"timeout": 0.0}, "timeout=0.0"),
         ({"codec": "av1"}, "codec='av1': choose h264 or vp9"),
         ({"shards": "big"}, "shards='big'"),
         ({"shards": "0MB"}, "shards='0MB'"),
@@ -536,31 +523,7 @@ def test_errors_of_the_user(manifest: Path, tmp_path: Path) -> None:
         _small(manifest, tmp_path / "locked")
 
 
-def test_an_encoder_that_refuses_a_video(tmp_path: Path, write_video: WriteVideo) -> None:
-    path = write_video(tmp_path / "wide.mkv", 2, codec="ffv1", pix_fmt="bgr0", height=16, width=17000)
-    settings = Settings(short_side=320, codec="h264", keyint=16, max_seconds=0.0)
-    with pytest.raises(VideoError, match=r"wide\.mkv: cannot be encoded"):
-        encode(Entry(str(path), None), tmp_path / "a", settings)
-
-
 def test_command_line(manifest: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     arguments = ["--short-side", "32", "--shards=8kB", "--num-workers", "1"]
     assert main(["data", "prepare", str(manifest), str(tmp_path / "out"), *arguments]) == 1
     assert _contents(tmp_path / "out") == undisturbed
-
-
-def test_shared_clips_keep_their_frames(shared_clips: Path, tmp_path: Path) -> None:
-    """Rotated, without a first key frame, of variable rate, 4:4:4, two streams: each frame is nearest to its own."""
-    settings = Settings(short_side=64, codec="h264", keyint=16, max_seconds=0.0)
-    for name in ("discard_first_keyframe.mp4", "nasa_13013_rotated.mp4", "odd_size_444_10bit.mp4", "unordered.mov"):
-        source = Entry(str(shared_clips / "bad" / name), None)
-        facts = encode(source, tmp_path / name, settings)
-        with closing(open_entry(source, "pyav")) as original:
-            frames = list(original.in_order(64))
-        assert facts["frames"] == len(frames) == original.num_frames
-        with closing(EncodedVideo(str(tmp_path / name), "pyav")) as video:
-            read = video.read(range(facts["frames"])).astype(float)
-        errors = ((read[:, None] - np.stack(frames)[None]) ** 2).mean(axis=(2, 3, 4))
-        assert (np.diag(errors) <= errors.min(axis=1) + 1).all()
-    with pytest.raises(VideoError, match="damaged, its frames do not decode"):
-        encode(Entry(str(shared_clips / "bad" / "corrupted.mp4"), None), tmp_path / "x", settings)

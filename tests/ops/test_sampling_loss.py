@@ -131,6 +131,16 @@ def test_a_logit_that_is_no_number_spreads_over_its_clip(dtype: torch.dtype, log
     assert grad[0].isfinite().all()
 
 
+def test_any_bits_of_nan_spread() -> None:
+    """``make sanitize`` looks at the arithmetic with them."""
+    logits, ids, error = make(OpShape(), torch.float32)
+    for bits in (2**31 - 1, 0x7FC00000, -1):
+        logits[1] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        loss, grad = with_gradient(sampling_loss, logits, ids, error)
+        assert loss.isnan().tolist() == [False, True]
+        assert grad.isnan().all(1).tolist() == [False, True]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_token_that_is_never_drawn_has_no_gradient_and_the_value_of_eps(dtype: torch.dtype) -> None:
     logits = torch.tensor([[0.0, -math.inf, 0.0]], dtype=dtype)

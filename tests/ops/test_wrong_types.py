@@ -20,7 +20,7 @@ from adamae_fast.ops.masked_patch_loss import masked_patch_loss, patch_targets
 from adamae_fast.ops.patchify import embed_tubelets, patchify
 from adamae_fast.ops.sample_visible import sample_visible, split_tokens
 from adamae_fast.ops.sampling_loss import sampling_loss
-from tests.ops.conftest import OPERATIONS
+from adamae_fast.testing import OPERATIONS
 
 # Two clips of 4 tokens of 12 pixels, 2 of them visible; width 6.
 IDS = torch.tensor([[0, 1], [1, 3]])

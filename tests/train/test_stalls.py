@@ -1,6 +1,5 @@
 import logging
 
-import pytest
 import torch
 
 from adamae_fast.config import DataConfig, PretrainConfig
@@ -37,8 +36,10 @@ def test_200_steps_in_a_row_are_one_warning(caplog):
 
 
 def test_the_knob_follows_from_what_is_known(monkeypatch, caplog):
-    def knob(device="cuda", num_cores=8, decoded_frames=61.0, **data):
+    def knob(device="cuda", num_cores=8, decoded_frames=61.0, dali_share=None, **data):
         metrics = figures(0.5, decoded_frames=decoded_frames)
+        if dali_share is not None:
+            metrics["dali_share"] = dali_share
         return advice(PretrainConfig(data=DataConfig(**data)), device, metrics, num_cores)
 
     assert knob(num_workers=2) == "raise data.num_workers=2: this process may use 8 cores"
@@ -50,6 +51,9 @@ def test_the_knob_follows_from_what_is_known(monkeypatch, caplog):
     )
     assert "data.decoder=dali" in knob(num_workers=8, repeat=4, decoded_frames=70 / 4)
     assert "data prepare: smaller pictures" in knob("cpu", num_workers=9, repeat=4, decoded_frames=70 / 4)
+    assert "--codec h264: DALI decodes only 40% of them" in knob(decoder="dali", dali_share=0.4)
+    assert "--codec vp9: DALI decodes only 0% of them" in knob("cpu", decoder="dali", dali_share=0.0)
+    assert "data.repeat=2 or 4" in knob(decoder="dali", dali_share=0.9)
     monkeypatch.setattr(stalls, "num_usable_cores", lambda: 5)
     warnings_of(caplog, [1.0], steps=200, num_workers=3)
     assert "data.num_workers=3: this process may use 5 cores" in caplog.text
@@ -66,9 +70,3 @@ def test_figures_are_means_over_clips_and_batches():
     load.add(batch(4, None, 2))
     assert load.lap() == {"batches_ready": 2.0}
     assert load.lap() == {"batches_ready": 0.0}
-
-
-@pytest.mark.skipif(not hasattr(stalls.os, "sched_getaffinity"), reason="Linux only")
-def test_cores_are_those_of_this_process(monkeypatch):
-    monkeypatch.setattr(stalls.os, "sched_getaffinity", lambda _: {3, 4})
-    assert stalls.num_usable_cores() == 2
