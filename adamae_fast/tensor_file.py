@@ -1,11 +1,20 @@
-"""Writes safetensors files like any other file."""
+"""Reads and writes safetensors files like any other file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+
+def read_tensors_file(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file. Raises ValueError if it is damaged."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); use another checkpoint") from error
 
 
 def write_tensors_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -20,7 +20,7 @@ ALLOWED = {
     "masking": {"masking", "ops", "grid"},
     "model": {"model", "ops", "masking", *BASE},
     "data": {"data", *BASE},
-    "train": {"train", "ops", "masking", "model", "data", "report", *BASE},
+    "train": {"train", "ops", "masking", "model", "interop", "data", "report", *BASE},
     "interop": {"interop", "model", *BASE},
     "report": {"ops", "report", "model", "masking", "data", *BASE},
     "testing": {"ops"},

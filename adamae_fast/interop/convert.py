@@ -1,4 +1,4 @@
-"""``adamae-fast convert``: pre-training checkpoints between this project, AdaMAE, VideoMAE and transformers."""
+"""``adamae-fast convert``: checkpoints between this project, AdaMAE, VideoMAE and transformers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from adamae_fast.config import LossConfig, PretrainConfig, load_config, save_config
 from adamae_fast.interop.huggingface import read_transformers, write_transformers
-from adamae_fast.interop.keys import Checkpoint
+from adamae_fast.interop.keys import NO_SAMPLER_MASK, Checkpoint
 from adamae_fast.interop.published import read_published, write_published
 from adamae_fast.model.adamae import AdaMAE
+from adamae_fast.model.classifier import VideoClassifier
 from adamae_fast.run_folder import CONFIG_FILE, MODEL_FILE, find_weights
-from adamae_fast.tensor_file import write_tensors_file
+from adamae_fast.tensor_file import read_tensors_file, write_tensors_file
 
 LayoutName = Literal["adamae-fast", "adamae", "videomae", "transformers"]
 
@@ -24,14 +27,14 @@ LayoutName = Literal["adamae-fast", "adamae", "videomae", "transformers"]
 def convert(
     input: str, output: str, to: LayoutName, num_frames: int | None = None, frame_size: int | None = None
 ) -> None:
-    """Write a pre-training checkpoint in another project's layout, and print what was lost or assumed on the way.
+    """Write a checkpoint in another project's layout, and print what was lost or assumed on the way.
 
-    What INPUT is shows in the file itself. A model without a sampler gets tube masks of ratio 0.9, VideoMAE's; a layout
-    without a place for the sampler drops it, and says so.
+    What INPUT is shows in the file itself: a pre-trained model or a classifier, and whose. A pre-trained model without
+    a sampler gets tube masks of ratio 0.9, VideoMAE's; a layout without a place for the sampler drops it, and says so.
 
     Args:
-        input: A checkpoint or run folder of adamae-fast, a published AdaMAE or VideoMAE pre-training file (.pth), or a
-            folder of transformers' VideoMAEForPreTraining.
+        input: A checkpoint or run folder of adamae-fast, a published AdaMAE or VideoMAE file (.pth) of pre-training or
+            fine-tuning, or a folder of transformers' VideoMAEForPreTraining or VideoMAEForVideoClassification.
         output: Where to write: a .pth file for adamae and videomae, a folder for adamae-fast and transformers. Must not
             exist.
         to: Layout to write.
@@ -54,6 +57,8 @@ def convert(
     if found == "pth":
         checkpoint = read_published(source, num_frames, frame_size)
         kind = "adamae" if checkpoint.has_sampler else "videomae"
+        if checkpoint.num_classes is not None and to in ("adamae", "videomae"):
+            kind = to  # fine-tuning files of the two are the same
     elif found == "transformers":
         checkpoint = read_transformers(source)
     else:
@@ -61,9 +66,10 @@ def convert(
     if kind == to:
         raise ValueError(f"to={to!r}: {input} already has this layout; copy it, or choose another layout")
 
-    before = (
-        f"{kind}, model.size={checkpoint.model.size}, {sum(t.numel() for t in checkpoint.state.values()):,} parameters"
-    )
+    before = f"{kind}, model.size={checkpoint.model.size}"
+    if checkpoint.num_classes is not None:
+        before += f", classifier of {checkpoint.num_classes} classes"
+    before += f", {sum(tensor.numel() for tensor in checkpoint.state.values()):,} parameters"
     checkpoint = _fit(checkpoint, to)
     with _whole_or_not_at_all(target) as draft:
         _WRITERS[to](draft, checkpoint)
@@ -88,17 +94,24 @@ def detect_layout(path: Path) -> Literal["adamae-fast", "pth", "transformers"]:
 
 def read_own(path: Path) -> Checkpoint:
     """Read a checkpoint folder of this project, or the newest checkpoint of a run. Raises ValueError if none fits."""
-    config = load_config(find_weights(path)[1])
+    weights, recipe = find_weights(path)
+    if "head.weight" in read_tensors_file(weights):
+        classifier = VideoClassifier.from_pretrained(path)
+        state = classifier.state_dict()
+        return Checkpoint(model=classifier.config, mask=NO_SAMPLER_MASK, loss=LossConfig(), state=state)
+    config = load_config(recipe)
     state = AdaMAE.from_pretrained(path).state_dict()
     return Checkpoint(model=config.model, mask=config.mask, loss=config.loss, state=state)
 
 
 def write_own(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint folder that :meth:`AdaMAE.from_pretrained` loads."""
+    """Write a checkpoint folder that ``from_pretrained`` of :class:`AdaMAE` or :class:`VideoClassifier` loads."""
     folder.mkdir()
-    save_config(
-        PretrainConfig(model=checkpoint.model, mask=checkpoint.mask, loss=checkpoint.loss), folder / CONFIG_FILE
-    )
+    recipe = folder / CONFIG_FILE
+    if checkpoint.num_classes is None:
+        save_config(PretrainConfig(model=checkpoint.model, mask=checkpoint.mask, loss=checkpoint.loss), recipe)
+    else:
+        recipe.write_text(yaml.safe_dump({"model": dataclasses.asdict(checkpoint.model)}, sort_keys=False))
     write_tensors_file(checkpoint.state, folder / MODEL_FILE)
 
 
@@ -113,7 +126,7 @@ _WRITERS = {
 def _fit(checkpoint: Checkpoint, to: LayoutName) -> Checkpoint:
     """Return the part of the model that the layout has a place for, with a note for each part it has not."""
     notes = list(checkpoint.notes)
-    if to == "adamae" and not checkpoint.has_sampler:
+    if to == "adamae" and checkpoint.num_classes is None and not checkpoint.has_sampler:
         raise ValueError("to='adamae': the input has no sampler, which AdaMAE's files need; choose --to videomae")
     if to in ("videomae", "transformers") and checkpoint.has_sampler:
         full, checkpoint = checkpoint, checkpoint.without_sampler()

@@ -1,6 +1,7 @@
-"""Folders of transformers' ``VideoMAEForPreTraining``: config.json and model.safetensors. transformers is not needed.
+"""Folders of transformers' VideoMAE classes: config.json and model.safetensors. transformers itself is not needed.
 
-Same network as VideoMAE's, with one difference of its own: its decoder's last LayerNorm has epsilon 1e-5 instead of
+``VideoMAEForPreTraining`` and ``VideoMAEForVideoClassification`` are the same networks as VideoMAE's, with one
+difference of their own: the decoder's last LayerNorm and the classifier's ``fc_norm`` have epsilon 1e-5 instead of
 1e-6, which no file says and which moves predictions by a few 1e-6.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from adamae_fast.config import LossConfig, ModelConfig
 from adamae_fast.grid import NUM_CHANNELS
@@ -19,6 +21,7 @@ from adamae_fast.interop.infer import DEFAULT_CLIP, infer_model
 from adamae_fast.interop.keys import (
     NO_SAMPLER_MASK,
     Checkpoint,
+    classifier_shapes,
     parameter_shapes,
     read_tensors,
     transformers_names,
@@ -32,10 +35,10 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
-def transformers_config(model: ModelConfig, loss: LossConfig) -> dict[str, Any]:
-    """Return config.json for a model: the fields of transformers' VideoMAEConfig."""
+def transformers_config(model: ModelConfig, loss: LossConfig, num_classes: int | None = None) -> dict[str, Any]:
+    """Return config.json for a pre-trained model, or for a classifier: the fields of transformers' VideoMAEConfig."""
     encoder, decoder = SIZES[model.size].encoder, SIZES[model.size].decoder
-    return {
+    fields: dict[str, Any] = {
         "architectures": ["VideoMAEForPreTraining"],
         "model_type": "videomae",
         "image_size": model.frame_size,
@@ -59,6 +62,15 @@ def transformers_config(model: ModelConfig, loss: LossConfig) -> dict[str, Any]:
         "use_mean_pooling": False,
         "norm_pix_loss": loss.target != "raw",
     }
+    if num_classes is not None:
+        names = [f"LABEL_{number}" for number in range(num_classes)]
+        fields |= {
+            "architectures": ["VideoMAEForVideoClassification"],
+            "use_mean_pooling": True,
+            "id2label": {str(number): name for number, name in enumerate(names)},
+            "label2id": {name: number for number, name in enumerate(names)},
+        }
+    return fields
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -83,13 +95,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_transformers(folder: Path) -> Checkpoint:
-    """Read a folder that ``VideoMAEForPreTraining.save_pretrained`` wrote, in transformers 4 or 5.
-
-    Raises ValueError for a classifier's folder, for settings that this model does not have, and for missing, unknown or
-    mis-shaped tensors.
-    """
-    config = read_config(folder)
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of model.safetensors. Raises ValueError if it is missing or damaged."""
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise ValueError(
@@ -100,47 +107,67 @@ def read_transformers(folder: Path) -> Checkpoint:
         stored = load_file(weights)
     except SafetensorError as error:
         raise ValueError(f"{weights}: damaged, or no safetensors file: {error}") from error
-    tensors = {}
-    for name, tensor in stored.items():
-        # The first releases of transformers 5 saved the biases under the names that they have inside the model.
-        name = name.replace(".query.bias", ".q_bias").replace(".value.bias", ".v_bias")
-        tensors[name] = tensor
-    if any(name.startswith(("classifier.", "fc_norm.")) for name in tensors):
-        raise ValueError(
-            f"{folder}: a fine-tuned classifier (it has classifier.* or fc_norm.*); this version converts pre-training "
-            "checkpoints (VideoMAEForPreTraining) only"
-        )
+    # The first releases of transformers 5 saved the biases under the names that they have inside the model.
+    return {
+        name.replace(".query.bias", ".q_bias").replace(".value.bias", ".v_bias"): tensor
+        for name, tensor in stored.items()
+    }
+
+
+def check_config(folder: Path, config: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise ValueError that lists the settings in config.json whose value is another than ``expected``."""
+    faults = [
+        f"{key}={config[key]!r}, expected {value!r}"
+        for key, value in expected.items()
+        if config.get(key, value) != value
+    ]
+    if faults:
+        raise ValueError(f"{folder / CONFIG_FILE}: not this kind of model: {'; '.join(faults)}")
+
+
+def read_transformers(folder: Path) -> Checkpoint:
+    """Read what ``save_pretrained`` of VideoMAEForPreTraining or VideoMAEForVideoClassification wrote.
+
+    By transformers 4 or 5. Raises ValueError for settings that this model does not have, and for missing, unknown or
+    mis-shaped tensors.
+    """
+    config, tensors = read_config(folder), read_weights(folder)
+    source = str(folder / WEIGHTS_FILE)
     model = infer_model(
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         transformers_names,
-        str(weights),
+        source,
         num_frames=config.get("num_frames", DEFAULT_CLIP[0]),
         frame_size=config.get("image_size", DEFAULT_CLIP[1]),
     )
-    loss = LossConfig(target="normalized" if config.get("norm_pix_loss", True) else "raw")
+    num_classes = len(tensors["classifier.weight"]) if "classifier.weight" in tensors else None
+    loss = LossConfig()
+    if num_classes is None and not config.get("norm_pix_loss", True):
+        loss = LossConfig(target="raw")
+    expected = transformers_config(model, loss, num_classes)
     # Dropout and epsilon change no tensor's meaning; everything else must agree with the tensors and with this model.
-    lenient = ("architectures", "hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps")
-    faults = [
-        f"{key}={config[key]!r}, expected {value!r}"
-        for key, value in transformers_config(model, loss).items()
-        if key not in lenient and config.get(key, value) != value
-    ]
-    if faults:
-        raise ValueError(
-            f"{folder / CONFIG_FILE}: not this kind of model (model.size={model.size}): {'; '.join(faults)}"
-        )
+    lenient = ["architectures", "hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps"]
+    if num_classes is not None:
+        lenient += [key for key in expected if key.startswith("decoder_")]
+        lenient += ["norm_pix_loss", "id2label", "label2id"]
+    check_config(folder, config, {key: value for key, value in expected.items() if key not in lenient})
     notes = []
     epsilon = config.get("layer_norm_eps", 1e-12)
     if epsilon != 1e-6:
         notes.append(f"config.json has layer_norm_eps={epsilon}; VideoMAE itself and the converted model use 1e-6")
-    state = read_tensors(tensors, transformers_names, parameter_shapes(model, NO_SAMPLER_MASK), str(weights))
+    shapes = parameter_shapes(model, NO_SAMPLER_MASK)
+    if num_classes is not None:
+        shapes = classifier_shapes(model, num_classes)
+        if config.get("id2label", expected["id2label"]) != expected["id2label"]:
+            notes.append("config.json names the classes; the converted model knows their numbers only")
+    state = read_tensors(tensors, transformers_names, shapes, source)
     return Checkpoint(model=model, mask=NO_SAMPLER_MASK, loss=loss, state=state, notes=tuple(notes))
 
 
 def write_transformers(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a folder that ``VideoMAEForPreTraining.from_pretrained`` loads. The model must have no sampler."""
+    """Write a folder that ``from_pretrained`` of the fitting class of transformers loads. The model has no sampler."""
     folder.mkdir()
-    config = transformers_config(checkpoint.model, checkpoint.loss)
+    config = transformers_config(checkpoint.model, checkpoint.loss, checkpoint.num_classes)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     # transformers 4 refuses weights whose metadata does not name the framework.
     tensors = write_tensors(checkpoint.state, transformers_names)

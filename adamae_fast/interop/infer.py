@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from adamae_fast.config import DecoderConfig, ModelConfig
 from adamae_fast.grid import NUM_CHANNELS
@@ -26,7 +26,7 @@ def infer_model(
     num_frames: int | None = None,
     frame_size: int | None = None,
 ) -> ModelConfig:
-    """Return the sizes of the model whose tensors have these shapes.
+    """Return the sizes of the pre-trained model, or of the classifier, whose tensors have these shapes.
 
     Width, depth and tubelet come from the shapes; the clip from ``num_frames`` and ``frame_size`` where given, else
     from ``num_tokens`` (see :func:`infer_clip`). Raises ValueError that says what the file lacks or what has no match.
@@ -38,21 +38,26 @@ def infer_model(
             "patch, patch): only RGB video with square patches can be converted"
         )
     width, _, tubelet_size, patch_size, _ = kernel
-    decoder_width = _shape(shapes, names("projection.weight")[0], source)[0]
-    depth, decoder_depth = (_depth(shapes, names, stack) for stack in ("encoder", "decoder"))
+    depth = encoder_depth(shapes, names)
+    decoder_width: int | None = None
+    decoder_depth: int | None = None
+    if names("head.weight")[0] not in shapes:  # a classifier has no decoder
+        decoder_width = _shape(shapes, names("projection.weight")[0], source)[0]
+        decoder_depth = _depth(shapes, names, "decoder")
     size = next(
         (
             name
             for name, size in SIZES.items()
-            if (size.encoder.width, size.encoder.depth, size.decoder.width) == (width, depth, decoder_width)
+            if (size.encoder.width, size.encoder.depth) == (width, depth)
+            and decoder_width in (None, size.decoder.width)
         ),
         None,
     )
     if size is None:
         known = "; ".join(f"{n} {s.encoder.width}, {s.encoder.depth}, {s.decoder.width}" for n, s in SIZES.items())
         raise ValueError(
-            f"{source}: encoder width {width}, encoder depth {depth}, decoder width {decoder_width} is none of the "
-            f"known sizes ({known}); only these can be converted"
+            f"{source}: encoder width {width}, encoder depth {depth}, decoder width {decoder_width or '-'} is none of "
+            f"the known sizes ({known}); only these can be converted"
         )
     frames, side = infer_clip(num_tokens, tubelet_size, patch_size, num_frames, frame_size, source)
     return ModelConfig(
@@ -63,6 +68,11 @@ def infer_model(
         patch_size=patch_size,
         decoder=DecoderConfig(depth=None if decoder_depth == SIZES[size].decoder.depth else decoder_depth),
     )
+
+
+def encoder_depth(shapes: Iterable[str], names: Names) -> int:
+    """Return the number of encoder blocks; a gap below the last one shows as missing tensors later."""
+    return _depth(shapes, names, "encoder")
 
 
 def infer_clip(
@@ -109,12 +119,11 @@ def infer_clip(
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, source: str) -> tuple[int, ...]:
     if name not in shapes:
-        raise ValueError(f"{source}: no tensor {name}, so this is no pre-training checkpoint of a known kind")
+        raise ValueError(f"{source}: no tensor {name}, so this is no checkpoint of a known kind")
     return shapes[name]
 
 
-def _depth(shapes: Mapping[str, tuple[int, ...]], names: Names, stack: str) -> int:
-    """Return 1 + the highest block number; a gap below it shows as missing tensors later."""
+def _depth(shapes: Iterable[str], names: Names, stack: str) -> int:
     prefix = names(f"{stack}.blocks.0.norm1.weight")[0].split("0.")[0]
     blocks = [int(m[1]) for name in shapes if (m := re.match(re.escape(prefix) + r"(\d+)\.", name))]
     return max(blocks, default=-1) + 1

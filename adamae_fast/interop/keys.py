@@ -1,4 +1,4 @@
-"""What each parameter of :class:`AdaMAE` is called elsewhere, and the check that a file holds what a model needs.
+"""What each parameter of :class:`AdaMAE` and :class:`VideoClassifier` is called elsewhere, and what a file must hold.
 
 A layout is one function from our name to the names of the file. Most parameters keep their value and shape. Two do not:
 the mask token, (E,) here and (1, 1, E) elsewhere; and qkv.weight (3D, D), which transformers keeps as three (D, D).
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adamae_fast.config import LossConfig, MaskConfig, ModelConfig, SamplerConfig
 from adamae_fast.model.adamae import AdaMAE
+from adamae_fast.model.classifier import VideoClassifier
 
 Names = Callable[[str], tuple[str, ...]]
 """Our parameter's name → its name in the file, or the names of the pieces it is cut into along its first axis."""
@@ -34,12 +35,17 @@ _PUBLISHED = (
     ("sampler.head.", "encoder.get_token_probs.1."),
     ("projection.", "encoder_to_decoder."),
 )
+_PUBLISHED_CLASSIFIER = (
+    ("tokenizer.", "patch_embed.proj."),
+    ("encoder.blocks.", "blocks."),
+)
 _TRANSFORMERS = (
     ("tokenizer.", "videomae.embeddings.patch_embeddings.projection."),
     ("encoder.blocks.", "videomae.encoder.layer."),
     ("encoder.norm.", "videomae.layernorm."),
     ("projection.", "encoder_to_decoder."),
     ("decoder.blocks.", "decoder.decoder_layers."),
+    ("head.", "classifier."),
 )
 _TRANSFORMERS_BLOCK = (
     (".norm1.", ".layernorm_before."),
@@ -54,7 +60,7 @@ _TRANSFORMERS_BLOCK = (
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A pre-trained model between two layouts: its description, and its weights under our names."""
+    """A pre-trained model or a classifier between two layouts: its description, and its weights under our names."""
 
     model: ModelConfig
     mask: MaskConfig
@@ -62,6 +68,11 @@ class Checkpoint:
     state: dict[str, Tensor]
     notes: tuple[str, ...] = ()
     """What the reader had to assume or change, for the user to see."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Of a classifier, to which mask and loss mean nothing; None for a pre-trained model."""
+        return len(self.state["head.weight"]) if "head.weight" in self.state else None
 
     @property
     def has_sampler(self) -> bool:
@@ -76,23 +87,21 @@ class Checkpoint:
 
 def published_names(ours: str) -> tuple[str, ...]:
     """Return the name in published AdaMAE and VideoMAE pre-training files."""
-    for prefix, theirs in _PUBLISHED:
-        if ours.startswith(prefix):
-            ours = theirs + ours.removeprefix(prefix)
-            break
-    return (ours.replace(".attention.", ".attn."),)
+    return (_with_prefix(ours, _PUBLISHED).replace(".attention.", ".attn."),)
+
+
+def published_classifier_names(ours: str) -> tuple[str, ...]:
+    """Return the name in published AdaMAE and VideoMAE fine-tuning files."""
+    return (_with_prefix(ours, _PUBLISHED_CLASSIFIER).replace(".attention.", ".attn."),)
 
 
 def transformers_names(ours: str) -> tuple[str, ...]:
-    """Return the names in the files of transformers' VideoMAEForPreTraining; qkv is split into query, key and value.
+    """Return the names in the files of transformers' VideoMAE, either class; qkv is split into query, key and value.
 
     The biases are called ``q_bias`` and ``v_bias``: in the files on the hub, in what transformers 4 needs and in what
     transformers 5.23 saves and loads. (Inside its model they are ``query.bias`` and ``value.bias``.)
     """
-    for prefix, theirs in _TRANSFORMERS:
-        if ours.startswith(prefix):
-            ours = theirs + ours.removeprefix(prefix)
-            break
+    ours = _with_prefix(ours, _TRANSFORMERS)
     if ours.endswith(".attention.qkv.weight"):
         stem = ours.removesuffix("qkv.weight") + "attention."
         return tuple(f"{stem}{part}.weight" for part in ("query", "key", "value"))
@@ -102,10 +111,24 @@ def transformers_names(ours: str) -> tuple[str, ...]:
     return (ours,)
 
 
+def _with_prefix(ours: str, prefixes: tuple[tuple[str, str], ...]) -> str:
+    for prefix, theirs in prefixes:
+        if ours.startswith(prefix):
+            return theirs + ours.removeprefix(prefix)
+    return ours
+
+
 def parameter_shapes(model: ModelConfig, mask: MaskConfig) -> dict[str, tuple[int, ...]]:
     """Return our name and shape of every parameter of the model, without allocating it."""
     with torch.device("meta"):
         network = AdaMAE(model, mask)
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def classifier_shapes(model: ModelConfig, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """Return our name and shape of every parameter of the classifier, without allocating it."""
+    with torch.device("meta"):
+        network = VideoClassifier(model, num_classes)
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 

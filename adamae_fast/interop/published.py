@@ -1,7 +1,8 @@
-"""Published AdaMAE and VideoMAE pre-training checkpoints: pickled .pth files with the weights under ``model``.
+"""Published AdaMAE and VideoMAE checkpoints: pickled .pth files with the weights under ``model``.
 
-The two differ only in the sampler's tensors, which VideoMAE does not have. Beside the weights the files hold the
-optimizer, the loss scaler and an ``argparse.Namespace``; none of it is used, but a pickle can only be read as a whole.
+Pre-training files of the two differ only in the sampler's tensors, which VideoMAE does not have. Beside the weights the
+files hold the optimizer, the loss scaler and an ``argparse.Namespace``; none of it is used, but a pickle can only be
+read as a whole.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ from adamae_fast.interop.infer import DEFAULT_CLIP, infer_model
 from adamae_fast.interop.keys import (
     NO_SAMPLER_MASK,
     Checkpoint,
+    Names,
+    classifier_shapes,
     parameter_shapes,
+    published_classifier_names,
     published_names,
     read_tensors,
     write_tensors,
 )
+from adamae_fast.model.positions import sinusoid_table
 from adamae_fast.model.sizes import SIZES
 
 ALLOWED_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
@@ -41,6 +46,9 @@ ALLOWED_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 """All that a file may name beside the tensors and containers that ``torch.load(weights_only=True)`` itself allows."""
 
 FINE_TUNING_PREFIXES = ("patch_embed.", "blocks.", "fc_norm.", "head.")
+
+POSITION_TABLES = {"pos_embed", "encoder.pos_embed", "decoder.pos_embed"}
+"""Names under which a file may store a table of positions; the published ones store none."""
 
 
 def load_pth(path: Path) -> dict[str, Tensor]:
@@ -74,22 +82,44 @@ def load_pth(path: Path) -> dict[str, Tensor]:
     return dict(content[key])
 
 
-def read_published(path: Path, num_frames: int | None = None, frame_size: int | None = None) -> Checkpoint:
-    """Read an AdaMAE file (it has ``encoder.pos_embed_probs``) or a VideoMAE file.
+def read_pth(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the tensors of a .pth file whose names a layout knows, and notes on what was changed for that.
 
-    ``num_frames`` and ``frame_size`` describe the clips where the file cannot. Raises ValueError for fine-tuning files,
-    for sizes that are not known, and for missing, unknown or mis-shaped tensors.
+    Raises ValueError as :func:`load_pth`, and for positions that were learned.
     """
-    tensors, notes = load_pth(path), []
+    tensors = load_pth(path)
+    notes = []
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
         notes.append("every name began with DDP's 'module.', which was removed")
-    tuned = sorted({name.split(".")[0] for name in tensors if name.startswith(FINE_TUNING_PREFIXES)})
-    if tuned:
-        raise ValueError(
-            f"{path}: a fine-tuning checkpoint (it has {', '.join(f'{name}.*' for name in tuned)}); this version "
-            "converts pre-training checkpoints only, whose names begin with encoder. and decoder."
-        )
+    for name in POSITION_TABLES & tensors.keys():
+        table = tensors.pop(name)
+        if table.ndim != 3 or not torch.allclose(table[0].float(), sinusoid_table(*table.shape[1:]), atol=1e-6):
+            raise ValueError(
+                f"{path}: {name} {tuple(table.shape)} is not the fixed table of sines, which is computed here; models "
+                "with learned positions cannot be read"
+            )
+        notes.append(f"{name} is the table of sines, which is computed here: left out")
+    return tensors, tuple(notes)
+
+
+def layout_of(tensors: Mapping[str, Tensor]) -> Names:
+    """Return the names of fine-tuning files if these tensors have them, else those of pre-training files."""
+    is_tuned = any(name.startswith(FINE_TUNING_PREFIXES) for name in tensors)
+    return published_classifier_names if is_tuned else published_names
+
+
+def read_published(path: Path, num_frames: int | None = None, frame_size: int | None = None) -> Checkpoint:
+    """Read an AdaMAE file (it has ``encoder.pos_embed_probs``), a VideoMAE file, or a fine-tuning file of either.
+
+    ``num_frames`` and ``frame_size`` describe the clips where the file cannot. Raises ValueError for sizes that are not
+    known, and for missing, unknown or mis-shaped tensors.
+    """
+    tensors, read_notes = read_pth(path)
+    notes, names = list(read_notes), layout_of(tensors)
+    is_classifier = names is published_classifier_names
+    if is_classifier and "head.weight" not in tensors:
+        raise ValueError(f"{path}: no tensor head.weight, so this is no whole fine-tuning checkpoint")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     has_sampler = any(name.startswith(("encoder.pos_embed_probs", "encoder.get_token_probs.")) for name in shapes)
     positions = shapes.get("encoder.pos_embed_probs", ())
@@ -99,7 +129,7 @@ def read_published(path: Path, num_frames: int | None = None, frame_size: int | 
         )
     model = infer_model(
         shapes,
-        published_names,
+        names,
         str(path),
         num_tokens=positions[1] if has_sampler else None,
         num_frames=num_frames,
@@ -112,12 +142,15 @@ def read_published(path: Path, num_frames: int | None = None, frame_size: int | 
             "--num_frames and --frame_size tell others"
         )
     mask = MaskConfig() if has_sampler else NO_SAMPLER_MASK
-    state = read_tensors(tensors, published_names, parameter_shapes(model, mask), str(path))
+    wanted = classifier_shapes(model, len(tensors["head.weight"])) if is_classifier else parameter_shapes(model, mask)
+    state = read_tensors(tensors, names, wanted, str(path))
     return Checkpoint(model=model, mask=mask, loss=LossConfig(), state=state, notes=tuple(notes))
 
 
 def write_published(path: Path, checkpoint: Checkpoint) -> None:
     """Write the AdaMAE file of a model with a sampler, the VideoMAE file of one without: ``{"model": …, "epoch": 0}``.
+
+    A classifier's is the same in both projects.
 
     Raises ValueError for a sampler that is not the published one (one attention block at the encoder's width).
     """
@@ -128,4 +161,5 @@ def write_published(path: Path, checkpoint: Checkpoint) -> None:
             f"model.sampler={sampler}: AdaMAE's files only hold a sampler of one attention block at the encoder's "
             f"width ({width}); --to videomae leaves the sampler out"
         )
-    torch.save({"model": write_tensors(checkpoint.state, published_names), "epoch": 0}, path)
+    names = published_names if checkpoint.num_classes is None else published_classifier_names
+    torch.save({"model": write_tensors(checkpoint.state, names), "epoch": 0}, path)

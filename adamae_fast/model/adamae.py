@@ -9,18 +9,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adamae_fast.config import LossConfig, MaskConfig, ModelConfig, Recompute, load_config
 from adamae_fast.grid import TokenGrid
 from adamae_fast.masking import STRATEGIES
 from adamae_fast.masking.protocol import draw_uniform
-from adamae_fast.model.block import Attention, Block
+from adamae_fast.model.block import chosen_backend, set_recompute
 from adamae_fast.model.decoder import Decoder
 from adamae_fast.model.encoder import Encoder
 from adamae_fast.model.positions import sinusoid_table
@@ -28,14 +26,13 @@ from adamae_fast.model.sampler import build_sampler
 from adamae_fast.model.sizes import SIZES
 from adamae_fast.model.tokenizer import Tokenizer
 from adamae_fast.ops.assemble_decoder import assemble_decoder
-from adamae_fast.ops.attention import choose_attention
-from adamae_fast.ops.attention_backends import AttentionProblem
 from adamae_fast.ops.gather_tokens import gather_tokens
 from adamae_fast.ops.head_patch_loss import head_patch_loss
 from adamae_fast.ops.masked_patch_loss import masked_patch_loss
 from adamae_fast.ops.sample_visible import TokenSplit, check_seeds, split_tokens
 from adamae_fast.ops.sampling_loss import sampling_loss
 from adamae_fast.run_folder import find_weights
+from adamae_fast.tensor_file import read_tensors_file
 
 _BUILDS = ("model", "mask", "loss")
 """Groups of a recipe that decide which model there is."""
@@ -165,10 +162,9 @@ class AdaMAE(nn.Module):
     def load_weights(self, path: str | Path) -> None:
         """Replace this model's weights by those of a checkpoint or run folder. Raises ValueError if they do not fit."""
         weights_file, _ = find_weights(path)
+        tensors = read_tensors_file(weights_file)
         try:
-            self.load_state_dict(load_file(weights_file))
-        except SafetensorError as error:
-            raise ValueError(f"{weights_file} is damaged ({error}); use another checkpoint") from error
+            self.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"{weights_file}: these weights do not fit the configured model: {error}") from error
 
@@ -177,23 +173,11 @@ class AdaMAE(nn.Module):
 
         Raises ValueError that names the key and each reason if one that ``model.attention`` asks for cannot run there.
         """
-        chosen = {}
         num_tokens = self.grid.num_tokens
         num_decoded = self._num_decoded(num_tokens - self.num_visible)
         tokens = {"encoder": self.num_visible, "sampler": num_tokens, "decoder": self.num_visible + num_decoded}
-        for part, num_tokens in tokens.items():
-            module = getattr(self, part)  # without attention: the sampler that is an MLP, or none at all
-            layer = next((m for m in module.modules() if isinstance(m, Attention)), None) if module else None
-            if layer is not None:
-                head_dim = layer.proj.in_features // layer.num_heads
-                problem = AttentionProblem(device, dtype, num_tokens, head_dim, needs_grad=True)
-                name, reasons = choose_attention(problem, layer.backend)
-                if name is None:
-                    raise ValueError(
-                        f"model.attention.{part}={layer.backend!r} cannot take {problem}: {reasons}; choose auto"
-                    )
-                chosen[part] = name
-        return chosen
+        chosen = {part: chosen_backend(part, getattr(self, part), n, device, dtype) for part, n in tokens.items()}
+        return {part: name for part, name in chosen.items() if name is not None}
 
     def set_recompute(self, policy: Recompute) -> None:
         """Choose what the backward computes again instead of keeping it; weights and results stay what they are.
@@ -201,11 +185,7 @@ class AdaMAE(nn.Module):
         The policies are those of :class:`~adamae_fast.model.block.Block`; a fresh model has "none". Raises ValueError
         for another name.
         """
-        if policy not in get_args(Recompute):
-            raise ValueError(f"recompute={policy!r}: choose one of {', '.join(get_args(Recompute))}")
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.recompute = policy
+        set_recompute(self, policy)
 
     def forward(self, video: Tensor, visible_ids: Tensor | None = None, seeds: Tensor | None = None) -> AdaMAEOutput:
         """Mask, encode, decode and compare.

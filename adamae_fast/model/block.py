@@ -5,14 +5,17 @@ Shapes: B clips, N tokens, D width, H heads, d channels of a head.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adamae_fast.config import Recompute
-from adamae_fast.model.layers import Dropout, LayerNorm, norm_linear, norm_mlp
-from adamae_fast.ops.attention import attention
+from adamae_fast.model.layers import Dropout, DropPath, LayerNorm, norm_linear, norm_mlp
+from adamae_fast.ops.attention import attention, choose_attention
+from adamae_fast.ops.attention_backends import AttentionProblem
 
 MLP_RATIO = 4
 
@@ -92,6 +95,7 @@ class Block(nn.Module):
         *,
         qv_bias: bool = True,
         dropout: float = 0.0,
+        drop_path: float = 0.0,
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
@@ -101,11 +105,12 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width)
         self.dropout = Dropout(dropout)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """Return tokens of the same shape."""
-        x_BND = x_BND + self.dropout(self._attention(x_BND))
-        return x_BND + self.dropout(self._mlp(x_BND))
+        x_BND = x_BND + self.drop_path(self.dropout(self._attention(x_BND)))
+        return x_BND + self.drop_path(self.dropout(self._mlp(x_BND)))
 
     def _attention(self, x_BND: Tensor) -> Tensor:
         if self.recompute == "none":
@@ -123,6 +128,33 @@ class Block(nn.Module):
         if self.recompute == "none":
             return self.mlp(self.norm2(x_BND))
         return norm_mlp(x_BND, self.norm2, self.mlp.fc1, self.mlp.fc2, keep_hidden=self.recompute == "pointwise")
+
+
+def set_recompute(model: nn.Module, policy: Recompute) -> None:
+    """Give every block below ``model`` the policy. Raises ValueError for a name that is none."""
+    if policy not in get_args(Recompute):
+        raise ValueError(f"recompute={policy!r}: choose one of {', '.join(get_args(Recompute))}")
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = policy
+
+
+def chosen_backend(
+    part: str, module: nn.Module | None, num_tokens: int, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Return the attention back end that training of ``module`` takes for ``num_tokens``, with products in ``dtype``.
+
+    None where there is no attention: the sampler that is an MLP, or none at all. Raises ValueError that names the key
+    ``model.attention.{part}`` and each reason if the one that it asks for cannot run there.
+    """
+    layer = next((m for m in module.modules() if isinstance(m, Attention)), None) if module else None
+    if layer is None:
+        return None
+    problem = AttentionProblem(device, dtype, num_tokens, layer.proj.in_features // layer.num_heads, needs_grad=True)
+    name, reasons = choose_attention(problem, layer.backend)
+    if name is None:
+        raise ValueError(f"model.attention.{part}={layer.backend!r} cannot take {problem}: {reasons}; choose auto")
+    return name
 
 
 def init_linears(module: nn.Module) -> None:

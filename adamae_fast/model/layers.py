@@ -43,6 +43,27 @@ class Dropout(nn.Dropout):
         return torch.native_dropout(x, self.p, True)[0] if self.training and self.p > 0 else x
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): leaves out a branch of the network for a share ``rate`` of the clips.
+
+    What is left is divided by 1 − rate, so that its mean stays; each clip is kept or left out as a whole. The rate is a
+    tensor: a compiler would otherwise make code of its own for each block.
+    """
+
+    keep: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.register_buffer("keep", torch.tensor(1 - rate), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``, whose first dimension counts clips; in training with clips replaced by 0."""
+        if not self.training:
+            return x
+        kept_B = torch.rand(len(x), device=x.device) < self.keep
+        return x * (kept_B / self.keep).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
 _NO_GRADIENTS: tuple[Tensor | None, ...] = (None, None, None)
 """Of a LayerNorm's input, weight and bias, where none of them needs one."""
 
