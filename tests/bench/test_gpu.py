@@ -65,7 +65,7 @@ def check_report(out: Path) -> None:
     text = (out / "page" / "results.md").read_text()
     assert all(f"{row['ms']:.1f} [" in text for row in result(out, "step")["rows"])
     assert "| (c) decoder | 8 blocks | 21.3 | published-like-fp32 |" in text
-    assert text.count("A quick run at tiny sizes") == 5
+    assert text.count("A quick run at tiny sizes") == 6
     assert "| gather_tokens | full | cpp |" in text
     pictures = sorted((out / "page" / "results").iterdir())
     assert [path.name.partition("_")[0] for path in pictures] == ["memory", "step", "throughput"]
