@@ -187,7 +187,8 @@ def _validate(
     quarantine.add(found.bad)
     figures = {**found.accuracy(val.labels), "videos": len(found.ids_V), "unreadable": len(found.bad)}
     accuracies = ", ".join(f"{name} {value:.2%}" for name, value in figures.items() if name.startswith("top"))
-    console.print(f"validation: {accuracies} of {figures['videos']} videos", highlight=False, soft_wrap=True)
+    unreadable = f"; {len(found.bad)} unreadable" if found.bad else ""
+    console.print(f"validation: {accuracies} of {len(found.ids_V)} videos{unreadable}", highlight=False, soft_wrap=True)
     return figures
 
 

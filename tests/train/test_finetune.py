@@ -179,7 +179,9 @@ def test_unreadable_validation_videos_are_counted_and_never_replaced(recipe, tin
     broken.write_text("no video")
     val = write_manifest(tmp_path / "val.txt", [*tiny_videos[:3], broken], [0, 1, 2, 2])
     overrides = {"val__manifest": str(val), "train__steps": 1}
-    run(recipe, tmp_path / "lenient", data__max_bad_share=0.25, **overrides)
+    console = Console(record=True, file=io.StringIO(), width=200)
+    run(recipe, tmp_path / "lenient", console, data__max_bad_share=0.25, **overrides)
+    assert "of 3 videos; 1 unreadable" in console.export_text()
     folder = RunFolder(tmp_path / "lenient")
     (line,) = read_json_lines(folder.validation)
     assert (line["videos"], line["unreadable"]) == (3, 1)
