@@ -11,13 +11,14 @@ import os
 import signal
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from adamae_fast.config import add_pretrain_arguments, build_config
+from adamae_fast.config import PretrainConfig, add_fields, add_run_arguments, build_config
+from adamae_fast.config_finetune import EvaluateConfig, FinetuneConfig
 from adamae_fast.errors import RunStoppedError
 from adamae_fast.version import __version__
 
@@ -42,12 +43,43 @@ def _info(parser: ArgumentParser, arguments: Namespace) -> int:
     return 0
 
 
+def _pretrain_arguments(parser: ArgumentParser) -> None:
+    add_run_arguments(parser, PretrainConfig)
+
+
 def _pretrain(parser: ArgumentParser, arguments: Namespace) -> int:
     from adamae_fast.train.pretrain import pretrain
 
-    summary = pretrain(build_config(parser, arguments), Console())
-    # A job that its scheduler stops has ended well; a chain of commands that a person interrupts should not go on.
+    return _status_of(pretrain(build_config(parser, arguments, PretrainConfig), Console()))
+
+
+def _finetune_arguments(parser: ArgumentParser) -> None:
+    add_run_arguments(parser, FinetuneConfig)
+
+
+def _finetune(parser: ArgumentParser, arguments: Namespace) -> int:
+    from adamae_fast.train.finetune import finetune
+
+    return _status_of(finetune(build_config(parser, arguments, FinetuneConfig), Console()))
+
+
+def _status_of(summary: Mapping[str, object]) -> int:
+    """A job that its scheduler stops has ended well; a chain of commands that a person interrupts should not go on."""
     return 130 if summary["stopped_by"] == "SIGINT" else 0
+
+
+def _evaluate_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", type=str, help="A run of finetune, whose best checkpoint is taken, or a checkpoint."
+    )
+    add_fields(parser, EvaluateConfig)
+
+
+def _evaluate(parser: ArgumentParser, arguments: Namespace) -> int:
+    from adamae_fast.train.evaluate import evaluate
+
+    evaluate(arguments.checkpoint, build_config(parser, arguments, EvaluateConfig), Console())
+    return 0
 
 
 def _synth_arguments(parser: ArgumentParser) -> None:
@@ -171,7 +203,9 @@ COMMANDS = {
     "data synth": Command("Render a small labelled set of videos with known motion.", _synth_arguments, _synth),
     "data check": Command("List a manifest's videos, and what is unreadable and why.", _check_arguments, _check),
     "data prepare": Command("Encode a manifest's videos once, so that reading is cheap.", _prepare_arguments, _prepare),
-    "pretrain": Command("Pre-train with adaptive, random, tube or frame masking.", add_pretrain_arguments, _pretrain),
+    "pretrain": Command("Pre-train with adaptive, random, tube or frame masking.", _pretrain_arguments, _pretrain),
+    "finetune": Command("Train a classifier, from an encoder or from scratch.", _finetune_arguments, _finetune),
+    "evaluate": Command("Test a classifier with several views of each video.", _evaluate_arguments, _evaluate),
     "visualize": Command("Draw what a checkpoint sees, masks and predicts.", _visualize_arguments, _visualize),
     "convert": Command("Convert from and to published AdaMAE, VideoMAE, transformers.", _convert_arguments, _convert),
     "bench": Command("Measure time and memory, in a checkout: adamae-fast bench step.", _bench_arguments, _bench),

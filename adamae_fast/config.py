@@ -2,7 +2,7 @@
 
 ``adamae-fast pretrain --help`` prints these docstrings; a YAML recipe under ``configs/`` sets any subset of the fields;
 the command line overrides single fields (``--mask.ratio 0.9``). Each class checks its own values when it is built, so a
-configuration that exists is a valid one. Checks that need two groups live in :class:`PretrainConfig`.
+configuration that exists is a valid one. Checks that need two groups live in :class:`RunConfig` and below.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import yaml
 
 if TYPE_CHECKING:
     # Only the command line and recipes need it, so the model also runs where nothing but PyTorch is installed.
+    from _typeshed import DataclassInstance
     from jsonargparse import ArgumentParser, Namespace
 
 ModelSize = Literal["nano", "small", "base", "large", "huge"]
@@ -409,8 +410,8 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Everything that decides a pre-training run; saved as config.yaml beside its checkpoints."""
+class RunConfig:
+    """What every training run has, whatever it trains; saved as config.yaml beside its checkpoints."""
 
     output_dir: str = "runs/pretrain"
     """Folder of the run."""
@@ -422,18 +423,8 @@ class PretrainConfig:
     """auto: continue from output_dir's newest checkpoint if there is one; none: start afresh in an empty output_dir;
     or the path of a checkpoint to continue from."""
 
-    init_weights: str | None = None
-    """Weights to start a fresh run from: a checkpoint or run folder, such as adamae-fast convert writes; random ones if
-    null."""
-
     model: ModelConfig = field(default_factory=ModelConfig)
     """Sizes of the clip and of the network."""
-
-    mask: MaskConfig = field(default_factory=MaskConfig)
-    """Which tokens the encoder sees."""
-
-    loss: LossConfig = field(default_factory=LossConfig)
-    """What the decoder is asked for, and how strongly the sampler is taught."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """Where clips come from and how they are cut."""
@@ -490,6 +481,31 @@ class PretrainConfig:
     def without_effect(self) -> list[str]:
         """Return a sentence for each option that was set but does nothing in this combination."""
         messages = []
+        default = type(self.data)()
+        if self.data.crop != "random_resized" and self.data.random_resized_scale != default.random_resized_scale:
+            messages.append(f"data.random_resized_scale has no effect: data.crop={self.data.crop}")
+        if self.data.num_workers == 0 and self.data.timeout != default.timeout:
+            messages.append("data.timeout has no effect: data.num_workers=0 has no process that could be ended")
+        return messages
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """Everything that decides a pre-training run; saved as config.yaml beside its checkpoints."""
+
+    init_weights: str | None = None
+    """Weights to start a fresh run from: a checkpoint or run folder, such as adamae-fast convert writes; random ones if
+    null."""
+
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    """Which tokens the encoder sees."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What the decoder is asked for, and how strongly the sampler is taught."""
+
+    def without_effect(self) -> list[str]:
+        """Return a sentence for each option that was set but does nothing in this combination."""
+        messages = super().without_effect()
         if self.mask.strategy != "adaptive":
             reason = f"mask.strategy={self.mask.strategy} has no sampler"
             if self.model.sampler != SamplerConfig():
@@ -502,30 +518,42 @@ class PretrainConfig:
             messages.append("model.attention.sampler has no effect: model.sampler.kind=mlp has no attention")
         if self.init_weights is not None and self.resume not in ("auto", "none"):
             messages.append(f"init_weights has no effect: resume={self.resume} brings its own weights")
-        if self.data.crop != "random_resized" and self.data.random_resized_scale != DataConfig().random_resized_scale:
-            messages.append(f"data.random_resized_scale has no effect: data.crop={self.data.crop}")
-        if self.data.num_workers == 0 and self.data.timeout != DataConfig().timeout:
-            messages.append("data.timeout has no effect: data.num_workers=0 has no process that could be ended")
         return messages
 
 
-def add_pretrain_arguments(parser: ArgumentParser) -> None:
-    """Give a jsonargparse parser ``--config FILE`` and one option for each field of :class:`PretrainConfig`."""
+RunConfigT = TypeVar("RunConfigT", bound=RunConfig)
+ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
+
+
+def add_run_arguments(parser: ArgumentParser, kind: type[RunConfig]) -> None:
+    """Give a jsonargparse parser ``--config FILE`` and one option for each field of ``kind``."""
+    parser.add_argument("--config", action="config", help="A YAML recipe; options that follow override it.")
+    add_fields(parser, kind)
+
+
+def add_fields(parser: ArgumentParser, kind: type[DataclassInstance]) -> None:
+    """Give a jsonargparse parser one option for each field of ``kind``; its help is the text below the field."""
     from jsonargparse import set_parsing_settings
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of a field is the text below it
-    parser.add_argument("--config", action="config", help="A YAML recipe; options that follow override it.")
-    parser.add_class_arguments(PretrainConfig)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser.add_class_arguments(kind)
 
 
-def build_config(parser: ArgumentParser, namespace: Namespace) -> PretrainConfig:
+def build_config(parser: ArgumentParser, namespace: Namespace, kind: type[ConfigT]) -> ConfigT:
     """Turn what ``parser`` read into the checked dataclasses. Raises ValueError for a value out of its range."""
     groups = parser.instantiate(namespace)
-    return PretrainConfig(**{f.name: groups[f.name] for f in fields(PretrainConfig)})
+    return kind(**{f.name: groups[f.name] for f in fields(kind)})
 
 
 def load_config(path: str | Path, overrides: Mapping[str, object] | None = None) -> PretrainConfig:
-    """Read a YAML recipe and override single keys, such as ``{"mask.ratio": 0.9}``.
+    """:func:`load_run_config` of pre-training."""
+    return load_run_config(path, PretrainConfig, overrides)
+
+
+def load_run_config(
+    path: str | Path, kind: type[RunConfigT], overrides: Mapping[str, object] | None = None
+) -> RunConfigT:
+    """Read a YAML recipe and override single keys, such as ``{"train.epochs": 50}``.
 
     Raises ValueError that names the file, key and value for an unknown key, a wrong type or a value out of range.
     """
@@ -534,17 +562,17 @@ def load_config(path: str | Path, overrides: Mapping[str, object] | None = None)
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    add_pretrain_arguments(parser)
+    add_run_arguments(parser, kind)
     arguments = [f"--config={path}"]
     for key, value in (overrides or {}).items():
         arguments.append(f"--{key}={value if isinstance(value, str | Path) else json.dumps(value)}")
     try:
-        return build_config(parser, parser.parse_args(arguments))
+        return build_config(parser, parser.parse_args(arguments), kind)
     except (ArgumentError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def save_config(config: PretrainConfig, path: str | Path) -> None:
-    """Write every field as YAML that :func:`load_config` reads back to an equal object."""
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write every field as YAML that :func:`load_run_config` reads back to an equal object."""
     plain = json.loads(json.dumps(asdict(config)))
     Path(path).write_text(yaml.safe_dump(plain, sort_keys=False))

@@ -2,6 +2,7 @@
 
 ``config.yaml``, ``metrics.jsonl``, ``quarantine.jsonl``, ``summary.json``, ``report.html``, ``tensorboard/`` and
 ``checkpoints/step_00000100/`` with ``model.safetensors``, ``optimizer.safetensors``, ``state.json``, ``config.yaml``.
+Fine-tuning adds ``validation.jsonl``, ``quarantine_val.jsonl`` and, by ``adamae-fast evaluate``, ``evaluation/``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class RunFolder:
         self.config = self.path / CONFIG_FILE
         self.metrics = self.path / "metrics.jsonl"
         self.quarantine = self.path / "quarantine.jsonl"
+        self.validation = self.path / "validation.jsonl"
+        self.quarantine_val = self.path / "quarantine_val.jsonl"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
         self.tensorboard = self.path / "tensorboard"
@@ -73,6 +76,17 @@ class RunFolder:
             return []
         found = [path for path in self.checkpoints.iterdir() if _CHECKPOINT_NAME.fullmatch(path.name)]
         return sorted(found, key=checkpoint_step)
+
+    def best_validation(self) -> dict[str, Any] | None:
+        """The line of ``validation.jsonl`` with the highest top1, the first of equal ones; None if there is none."""
+        lines = [line for line in read_json_lines(self.validation) if line["top1"] is not None]
+        return max(lines, key=lambda line: line["top1"], default=None)
+
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the highest top1 in validation; None if the run has no validation, or not that one."""
+        best = self.best_validation()
+        folder = None if best is None else self.checkpoint(best["step"])
+        return folder if folder is not None and folder.is_dir() else None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

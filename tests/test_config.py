@@ -3,10 +3,19 @@ from typing import get_args
 
 import pytest
 
-from adamae_fast.config import AttentionName, PretrainConfig, load_config, save_config
+from adamae_fast.config import AttentionName, PretrainConfig, load_config, load_run_config, save_config
+from adamae_fast.config_finetune import (
+    AugmentConfig,
+    EvaluateConfig,
+    EvaluateDataConfig,
+    EvaluateViewsConfig,
+    FinetuneConfig,
+)
 from adamae_fast.ops.attention_backends import BACKENDS
 
-RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = Path(__file__).parents[1] / "configs"
+FINETUNE_RECIPES = sorted(CONFIGS.glob("finetune_*.yaml"))
+RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - set(FINETUNE_RECIPES))
 
 
 def test_saved_config_reads_back_equal(tmp_path):
@@ -18,6 +27,75 @@ def test_saved_config_reads_back_equal(tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid(recipe):
     assert isinstance(load_config(recipe), PretrainConfig)
+
+
+@pytest.mark.parametrize("recipe", FINETUNE_RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_fine_tuning_is_valid_and_wholly_used(recipe, tmp_path):
+    config = load_run_config(recipe, FinetuneConfig)
+    assert config.without_effect() == []
+    save_config(config, tmp_path / "config.yaml")
+    assert load_run_config(tmp_path / "config.yaml", FinetuneConfig) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "base_lr", "epochs", "flip", "sampling", "views"),
+    [("ssv2", 5e-4, 50, False, "segments", (2, 3)), ("k400", 1e-3, 100, True, "dense", (5, 3))],
+)
+def test_recipes_of_table_6(name, base_lr, epochs, flip, sampling, views):
+    config = load_run_config(CONFIGS / f"finetune_{name}_vitb.yaml", FinetuneConfig)
+    assert (config.optim.base_lr, config.optim.layer_decay, config.optim.betas) == (base_lr, 0.75, (0.9, 0.999))
+    assert (config.optim.weight_decay, config.optim.warmup_epochs, config.train.epochs) == (0.05, 5, epochs)
+    assert (config.data.flip, config.data.sampling, config.data.stride) == (flip, sampling, 4)
+    assert (config.views.temporal, config.views.spatial) == views
+    assert config.augment == AugmentConfig(
+        layers=4, magnitude=7, erase=0.25, mixup=0.8, cutmix=1.0, switch=0.5, label_smoothing=0.1
+    )
+    assert (config.classifier.drop_path, config.model.size) == (0.1, "base")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"data.repeat": 3}, r"data\.repeat=3: choose a divisor of train\.batch_size=16"),
+        ({"train.ema_decay": 1.0}, r"train\.ema_decay=1\.0: .*between 0 and 1"),
+        ({"classifier.drop_path": 1.0}, r"classifier\.drop_path=1\.0: .*\[0, 1\)"),
+        ({"classifier.num_classes": 0}, r"classifier\.num_classes=0: choose at least 1"),
+        ({"mask.ratio": 0.9}, "mask"),
+    ],
+)
+def test_bad_values_of_fine_tuning(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        load_run_config(CONFIGS / "finetune_k400_vitb.yaml", FinetuneConfig, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"data.sampling": "segments"}, []),
+        ({"data.sampling": "segments", "data.stride": 2}, ["data.stride"]),
+        ({"resume": "runs/other"}, ["init"]),
+        ({"model.decoder.depth": 2, "model.attention.sampler": "sdpa"}, ["model.decoder", "model.attention.sampler"]),
+        ({"augment.layers": 0, "augment.magnitude": 9}, ["augment.magnitude"]),
+        ({"augment.mixup": 0, "augment.switch": 1.0}, ["augment.switch"]),
+        ({"train.batch_size": 1, "data.repeat": 1}, ["augment.mixup and augment.cutmix"]),
+    ],
+)
+def test_what_has_no_effect_on_fine_tuning_is_told(overrides, told):
+    messages = load_run_config(CONFIGS / "finetune_k400_vitb.yaml", FinetuneConfig, overrides).without_effect()
+    assert [message.split(" has no")[0].split(" have no")[0] for message in messages] == told
+
+
+def test_evaluation_takes_what_it_is_not_told_from_the_run():
+    trained = load_run_config(CONFIGS / "finetune_ssv2_vitb.yaml", FinetuneConfig, {"val.root": "videos"})
+    config = EvaluateConfig().applied_to(trained)
+    assert (config.data.manifest, config.data.root) == ("data/ssv2_val_prepared", "videos")
+    assert (config.data.sampling, config.views, config.train) == ("segments", trained.views, trained.train)
+    options = EvaluateConfig(
+        data=EvaluateDataConfig(manifest="test.csv", stride=2), views=EvaluateViewsConfig(spatial=1), batch_size=3
+    )
+    config = options.applied_to(trained)
+    assert (config.data.manifest, config.data.root, config.data.stride) == ("test.csv", None, 2)
+    assert (config.views.temporal, config.views.spatial, config.train.batch_size) == (2, 1, 3)
 
 
 @pytest.mark.parametrize(("name", "stride", "flip"), [("ssv2", 2, False), ("k400", 4, True)])

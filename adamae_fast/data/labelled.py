@@ -46,6 +46,12 @@ class LabelledBatch(NamedTuple):
     num_ready: int
     """Batches that stood ready when this one was asked for."""
 
+    num_by_dali: int = 0
+    """Videos of it that DALI decoded."""
+
+    fell_back: tuple[str, ...] = ()
+    """With data.decoder=dali, why the other ones were not, a reason for each."""
+
 
 class ViewBatch(NamedTuple):
     """All views of some videos."""
@@ -207,7 +213,15 @@ def labelled_batches(
         with closing(batches):
             for batch in batches:
                 labels_B = torch.tensor([labels[index] for index in batch.shown])
-                yield LabelledBatch(batch.video, labels_B, batch.bad, batch.decode, batch.num_ready)
+                yield LabelledBatch(
+                    batch.video,
+                    labels_B,
+                    batch.bad,
+                    batch.decode,
+                    batch.num_ready,
+                    batch.num_by_dali,
+                    batch.fell_back,
+                )
 
     return with_labels()
 

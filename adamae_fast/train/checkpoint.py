@@ -2,7 +2,8 @@
 
 ``step_00000100/`` holds ``model.safetensors`` (weights), ``optimizer.safetensors`` (moments by parameter name),
 ``state.json`` (step, number of videos, loss scale, size and CRC of every file) and ``config.yaml``. Data position,
-learning rate and random numbers are functions of the configuration and the step.
+learning rate and random numbers are functions of the configuration and the step. Where a moving average of the weights
+is kept, ``model.safetensors`` holds that, and ``trained.safetensors`` the weights that training goes on with.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -21,12 +22,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adamae_fast.config import PretrainConfig, load_config, save_config
+from adamae_fast.config import RunConfig, load_run_config, save_config
 from adamae_fast.run_folder import CONFIG_FILE, MODEL_FILE, RunFolder, checkpoint_step
 from adamae_fast.tensor_file import write_tensors_file
 from adamae_fast.train.optim import export_state, import_state
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+TRAINED_FILE = "trained.safetensors"
 STATE_FILE = "state.json"
 _UNFINISHED = ".unfinished_"
 
@@ -51,12 +53,17 @@ class RunState:
 
 def save_checkpoint(
     run: RunFolder,
-    config: PretrainConfig,
+    config: RunConfig,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: RunState,
+    averaged: dict[str, Tensor] | None = None,
+    spared: Collection[Path] = (),
 ) -> Path:
-    """Write a complete checkpoint or none, then drop the oldest beyond ``checkpoint.keep``. Returns its folder."""
+    """Write a complete checkpoint or none, then drop the oldest beyond ``checkpoint.keep``. Returns its folder.
+
+    ``averaged`` is a moving average of the weights, under their names. Checkpoints in ``spared`` are not dropped.
+    """
     target = run.checkpoint(state.step)
     temporary = run.checkpoints / f"{_UNFINISHED}{target.name}"
     for leftover in run.checkpoints.glob(f"{_UNFINISHED}*"):
@@ -64,6 +71,9 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
 
     weights = {name: p.detach().contiguous() for name, p in model.state_dict().items()}
+    if averaged is not None:
+        write_tensors_file(weights, temporary / TRAINED_FILE)
+        weights = {**weights, **{name: average.contiguous() for name, average in averaged.items()}}
     write_tensors_file(weights, temporary / MODEL_FILE)
     write_tensors_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER_FILE)
     save_config(config, temporary / CONFIG_FILE)
@@ -76,18 +86,29 @@ def save_checkpoint(
     temporary.rename(target)
     _flush_to_disk(run.checkpoints)
     for old in run.list_checkpoints()[: -config.checkpoint.keep]:
-        # Renamed first: half a checkpoint must not be listed as one.
-        shutil.rmtree(old.rename(old.with_name(f"{_UNFINISHED}{old.name}")))
+        if old not in spared:
+            # Renamed first: half a checkpoint must not be listed as one.
+            shutil.rmtree(old.rename(old.with_name(f"{_UNFINISHED}{old.name}")))
     return target
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
-    """Restore weights and moments. Raises CheckpointError for a damaged or unfitting checkpoint."""
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averaged: dict[str, Tensor] | None = None
+) -> RunState:
+    """Restore weights and moments, and the moving average into ``averaged`` where one is kept.
+
+    An average that the checkpoint does not have begins with the weights. Raises CheckpointError for a damaged or
+    unfitting checkpoint.
+    """
     state = verify_checkpoint(folder)
+    trained = folder / TRAINED_FILE
+    weights = load_file(folder / MODEL_FILE)
     try:
-        model.load_state_dict(load_file(folder / MODEL_FILE))
+        model.load_state_dict(load_file(trained) if trained.exists() else weights)
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: the weights do not fit this configuration's model: {error}") from error
+    for name, average in (averaged or {}).items():
+        average.copy_(weights[name])
     _restore_optimizer(load_file(folder / OPTIMIZER_FILE), model, optimizer)
     return state
 
@@ -152,9 +173,9 @@ def _suffixes() -> Iterator[str]:
     yield from (f"_{number}" for number in count(2))
 
 
-def differences(folder: Path, config: PretrainConfig) -> dict[str, tuple[object, object]]:
+def differences(folder: Path, config: RunConfig) -> dict[str, tuple[object, object]]:
     """Return the keys whose value differs between a checkpoint's configuration and this one: key → (then, now)."""
-    then = _flatten(asdict(load_config(folder / CONFIG_FILE)))
+    then = _flatten(asdict(load_run_config(folder / CONFIG_FILE, type(config))))
     now = _flatten(asdict(config))
     return {key: (then[key], now[key]) for key in now if then[key] != now[key]}
 

@@ -30,9 +30,10 @@ class IntervalClock:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Begin the next interval; what came since the last one counts for neither."""
         self._start = time.perf_counter()
         self._waited = 0.0
         self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -63,7 +64,7 @@ class IntervalClock:
             "seconds_per_step": seconds / steps,
             "data_wait_share": min(1.0, waited / seconds),
         }
-        self._restart()
+        self.restart()
         return rates
 
 
@@ -72,6 +73,8 @@ class MetricsLog:
 
     def __init__(self, run: RunFolder, first_step: int, *, tensorboard: bool) -> None:
         keep_metrics_until(run.metrics, first_step)
+        keep_metrics_until(run.validation, first_step)
+        self._run = run
         self._file = run.metrics.open("a")
         self._writer: Any = None
         if tensorboard:
@@ -81,13 +84,21 @@ class MetricsLog:
 
     def write(self, metrics: dict[str, float]) -> None:
         """Append one line and flush it, so that a killed run keeps it; a value that is not finite becomes null."""
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.write(_line(metrics))
         self._file.flush()
+        self._draw(metrics, "")
+
+    def write_validation(self, metrics: dict[str, float]) -> None:
+        """Append one line to validation.jsonl; its curves are called val/…."""
+        with self._run.validation.open("a") as file:
+            file.write(_line(metrics))
+        self._draw(metrics, "val/")
+
+    def _draw(self, metrics: dict[str, float], prefix: str) -> None:
         if self._writer is not None:
             for name, value in metrics.items():
                 if name != "step":
-                    self._writer.add_scalar(name, value, global_step=int(metrics["step"]))
+                    self._writer.add_scalar(f"{prefix}{name}", value, global_step=int(metrics["step"]))
 
     def close(self) -> None:
         """Flush and close both outputs."""
@@ -100,6 +111,11 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _line(metrics: dict[str, float]) -> str:
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def keep_metrics_until(path: Path, step: int) -> None:

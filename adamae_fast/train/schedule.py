@@ -1,11 +1,11 @@
-"""How long a run is, and the learning rate of each of its steps (paper Table 5)."""
+"""How long a run is, and the learning rate of each of its steps (paper Tables 5 and 6)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from adamae_fast.config import PretrainConfig
+from adamae_fast.config import RunConfig
 
 REFERENCE_BATCH = 256
 """Learning rates are stated for this total batch and scaled linearly."""
@@ -25,7 +25,7 @@ class Schedule:
     min_lr: float
 
     @classmethod
-    def from_config(cls, config: PretrainConfig, num_videos: int) -> Schedule:
+    def from_config(cls, config: RunConfig, num_videos: int) -> Schedule:
         """Derive the run's length. Warm-up keeps its share of the run when train.steps replaces train.epochs."""
         train, optim = config.train, config.optim
         total_batch = train.batch_size * train.accumulate
@@ -50,6 +50,12 @@ class Schedule:
             return self.peak_lr * step / max(1, self.warmup_steps - 1)
         progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
         return self.min_lr + 0.5 * (self.peak_lr - self.min_lr) * (1 + math.cos(math.pi * progress))
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether ``step`` steps done are the first to complete an epoch, or the whole run."""
+        clips_per_epoch = round(self.steps_per_epoch * self.total_batch)  # whole numbers: exact for every length
+        before, after = ((s * self.total_batch) // clips_per_epoch for s in (step - 1, step))
+        return step > 0 and (after > before or step == self.total_steps)
 
     def describe(self) -> list[tuple[str, str]]:
         """Facts for the user: the total batch and the scaled rates, which peers' users were confused by."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from adamae_fast.config import PretrainConfig
+from adamae_fast.config import RunConfig
+from adamae_fast.config_finetune import LabelledDataConfig
+from adamae_fast.data.labelled import LabelledBatch
 from adamae_fast.data.loader import Batch
 from adamae_fast.device import num_usable_cores
 
@@ -36,7 +38,7 @@ class LoadFigures:
         self._num_by_dali = self._num_fell_back = 0
         self._seconds = 0.0
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Batch | LabelledBatch) -> None:
         """Count one batch."""
         self._num_batches += 1
         self._num_ready += batch.num_ready
@@ -67,7 +69,7 @@ class LoadFigures:
 class StallWatch:
     """Warns once when a run has waited for data for more than 10 % of the time over 200 steps in a row."""
 
-    def __init__(self, config: PretrainConfig, device_type: str) -> None:
+    def __init__(self, config: RunConfig, device_type: str) -> None:
         self._config = config
         self._device_type = device_type
         self._num_steps = 0
@@ -91,7 +93,7 @@ class StallWatch:
             )
 
 
-def advice(config: PretrainConfig, device_type: str, metrics: Mapping[str, float], num_cores: int) -> str:
+def advice(config: RunConfig, device_type: str, metrics: Mapping[str, float], num_cores: int) -> str:
     """The knob to turn first, from what is known; the next ones show once it is turned."""
     data = config.data
     on_cpu = data.decoder in ("auto", "decord", "pyav")
@@ -107,7 +109,8 @@ def advice(config: PretrainConfig, device_type: str, metrics: Mapping[str, float
         return "set data.repeat=2 or 4, so that each decode serves as many clips (another experiment: in a new run)"
     span = (config.model.num_frames - 1) * data.stride + 1
     num_decoded = metrics.get("decoded_frames", 0.0) * data.repeat
-    if num_decoded > LONG_WAY * span:
+    is_whole_video = isinstance(data, LabelledDataConfig) and data.sampling == "segments"
+    if num_decoded > LONG_WAY * span and not is_whole_video:
         return (
             f"write the videos anew with adamae-fast data prepare: key frames are so far apart that {num_decoded:.0f} "
             f"frames are decoded for a clip, which spans {span}"

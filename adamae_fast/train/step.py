@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import Any, Generic, TypeVar
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adamae_fast.config import PretrainConfig
+from adamae_fast.config import PretrainConfig, RunConfig
+from adamae_fast.data.loader import Batch
 from adamae_fast.device import Uploader, arithmetic, product_dtype, upload
 from adamae_fast.model.adamae import AdaMAE, AdaMAEOutput
+from adamae_fast.model.classifier import VideoClassifier
 from adamae_fast.ops.sample_visible import NonFiniteLogitsError
 from adamae_fast.train.apex import use_apex_layer_norm
 from adamae_fast.train.compile import compile_blocks
@@ -17,66 +22,75 @@ from adamae_fast.train.optim import build_optimizer, set_learning_rate
 from adamae_fast.train.step_graph import StepGraph
 
 FIGURES = ("loss", "loss_reconstruction", "loss_sampling", "probability_entropy", "probability_max")
-"""What a forward pass reports, in this order; averaged over the micro-batches of a step."""
+"""What a forward pass of pre-training reports, in this order; averaged over the micro-batches of a step."""
+
+ModelT = TypeVar("ModelT", AdaMAE, VideoClassifier)
 
 
-class Stepper:
-    """The model with its optimizer and loss scaler.
+class BaseStepper(ABC, Generic[ModelT]):
+    """A model with its optimizer and loss scaler; a class below says what is computed of a micro-batch.
 
-    Every random number of a step (masks, dropout) follows from (seed, step): a resumed run needs no other state.
+    Every random number of a step (masks, dropout, augmentation) follows from (seed, step): a resumed run needs no other
+    state.
 
     What a step reads and writes stays at its place in memory, so that with ``train.cuda_graph`` the same step can be
-    recorded: then :meth:`accumulate` brings the clips, and :meth:`finish` runs forward, backward and update at once.
+    recorded: then :meth:`_run_or_keep` brings a micro-batch, and :meth:`finish` runs forward, backward and update at
+    once.
+
+    Args:
+        config: of the run.
+        device: where it computes.
+        model: freshly built; it is moved to the device.
+        figures: names of what a forward pass reports, "loss" first.
 
     Raises ValueError where the device or the installed packages cannot do what the configuration asks for.
     """
 
-    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, model: ModelT, figures: tuple[str, ...]) -> None:
         self._config = config
         self.device = device
         self._upload_clips = Uploader(device)
-        torch.manual_seed(config.seed)
-        self.model = AdaMAE(config.model, config.mask, config.loss).to(device).train()
+        self.model: ModelT = model.to(device).train()
         self.model.set_recompute(config.train.recompute)
-        self.attention_backends = self.model.attention_backends(device, product_dtype(config.train.precision))
+        product = product_dtype(config.train.precision)
+        self.attention_backends: dict[str, str] = self.model.attention_backends(device, product)
         if config.model.layer_norm == "apex":
             use_apex_layer_norm(self.model)
         if config.train.compile:
             compile_blocks(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-        self.guard = FiniteGuard((*FIGURES, "grad_norm"), device)
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._figures = torch.zeros(len(FIGURES), device=device)
+        self.guard = FiniteGuard((*figures, "grad_norm"), device)
+        self._figure_names = figures
+        self._parameters: list[nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
+        self._figures = torch.zeros(len(figures), device=device)
         self._grad_norm = torch.zeros((), device=device)
-        self._step = self._num_clips = 0
+        self._step = self._num_batches = 0
+        self.averaged: dict[str, Tensor] | None = None
+        """A moving average of the weights by their names; None where none is kept."""
         self._step_on_device = torch.zeros((), dtype=torch.int64, device=device)
         self.graph: StepGraph | None = None
         if config.train.cuda_graph:
             self.graph = StepGraph(self._run_recorded, device)
-            shape_B = (config.train.batch_size,)
-            shape_BCTHW = (*shape_B, *self.model.grid.video_shape)
-            self._video_BCTHW = torch.zeros(shape_BCTHW, dtype=torch.uint8, device=device)
-            self._seeds_B = torch.zeros(shape_B, dtype=torch.int64, device=device)
+
+    @abstractmethod
+    def take(self, batch: Any) -> None:
+        """Forward and backward of one batch of the loader; gradients add up over ``train.accumulate`` calls."""
+
+    @abstractmethod
+    def _kept(self) -> tuple[Tensor, ...]:
+        """The tensors that a recorded step reads its micro-batch from."""
+
+    @abstractmethod
+    def _forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch, and its figures, which are constants."""
 
     def begin(self, step: int, learning_rate: float) -> None:
         """Prepare for step ``step``: its learning rate and its own stream of random numbers."""
         set_learning_rate(self.optimizer, learning_rate)
         torch.manual_seed(step_seed(self._config.seed, step))
-        self._step, self._num_clips = step, 0
+        self._step, self._num_batches = step, 0
         self._figures.zero_()
-
-    def accumulate(self, video_BCTHW: Tensor) -> None:
-        """Forward and backward of one micro-batch of uint8 clips; gradients add up over ``train.accumulate`` calls."""
-        seeds_B = mask_seeds(self._config.seed, self._step, self._num_clips, video_BCTHW.shape[0])
-        self._num_clips += video_BCTHW.shape[0]
-        video_BCTHW, seeds_B = self._upload_clips(video_BCTHW), upload(seeds_B, self.device)
-        if self.graph is None:
-            self._forward_backward(video_BCTHW, seeds_B)
-        else:
-            assert video_BCTHW.shape == self._video_BCTHW.shape  # copy_ would repeat a single clip
-            self._video_BCTHW.copy_(video_BCTHW)
-            self._seeds_B.copy_(seeds_B)
 
     def finish(self, step: int) -> None:
         """Clip, check, update. From the first non-finite value on, the parameters are left as they are."""
@@ -86,19 +100,26 @@ class Stepper:
         else:
             self.graph()
 
+    def _run_or_keep(self, *inputs: Tensor) -> None:
+        """Forward and backward of a micro-batch, now or when the recorded step runs."""
+        self._num_batches += 1
+        if self.graph is None:
+            self._forward_backward(*inputs)
+            return
+        for kept, value in zip(self._kept(), inputs, strict=True):
+            assert value.shape == kept.shape  # copy_ would repeat a single clip
+            kept.copy_(value)
+
     def _run_recorded(self) -> None:
-        self._forward_backward(self._video_BCTHW, self._seeds_B)
+        self._forward_backward(*self._kept())
         self._update()
 
-    def _forward_backward(self, video_BCTHW: Tensor, seeds_B: Tensor) -> None:
+    def _forward_backward(self, *inputs: Tensor) -> None:
         share = 1 / self._config.train.accumulate
-        try:
-            with arithmetic(self.device, self._config.train.precision):
-                output = self.model(video_BCTHW, seeds=seeds_B)
-        except NonFiniteLogitsError as error:
-            raise non_finite(self._step, str(error)) from error
-        self.scaler.scale(output.loss * share).backward()
-        self._figures.add_(share * describe_output(output))
+        with arithmetic(self.device, self._config.train.precision):
+            loss, figures = self._forward(*inputs)
+        self.scaler.scale(loss * share).backward()
+        self._figures.add_(share * figures)
 
     def _update(self) -> None:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
@@ -135,11 +156,51 @@ class Stepper:
     def read_figures(self) -> dict[str, float]:
         """Wait for the device; return the last step's figures. Raises as :meth:`check` does."""
         self.check()
-        figures = dict(zip(FIGURES, self._figures.tolist(), strict=True))
+        figures = dict(zip(self._figure_names, self._figures.tolist(), strict=True))
         figures["grad_norm"] = float(self._grad_norm)
         if self.scaler.is_enabled():
             figures["loss_scale"] = self.scaler.get_scale()
         return figures
+
+
+class Stepper(BaseStepper[AdaMAE]):
+    """The step of pre-training."""
+
+    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        super().__init__(config, device, AdaMAE(config.model, config.mask, config.loss), FIGURES)
+        self._num_clips = 0
+        if self.graph is not None:
+            shape_B = (config.train.batch_size,)
+            shape_BCTHW = (*shape_B, *self.model.grid.video_shape)
+            self._video_BCTHW = torch.zeros(shape_BCTHW, dtype=torch.uint8, device=device)
+            self._seeds_B = torch.zeros(shape_B, dtype=torch.int64, device=device)
+
+    def begin(self, step: int, learning_rate: float) -> None:
+        """Prepare for step ``step``: its learning rate, its own stream of random numbers, and its clips' seeds."""
+        super().begin(step, learning_rate)
+        self._num_clips = 0
+
+    def take(self, batch: Batch) -> None:
+        """:meth:`accumulate` of a batch of the loader."""
+        self.accumulate(batch.video)
+
+    def accumulate(self, video_BCTHW: Tensor) -> None:
+        """Forward and backward of one micro-batch of uint8 clips; gradients add up over ``train.accumulate`` calls."""
+        seeds_B = mask_seeds(self._config.seed, self._step, self._num_clips, video_BCTHW.shape[0])
+        self._num_clips += video_BCTHW.shape[0]
+        self._run_or_keep(self._upload_clips(video_BCTHW), upload(seeds_B, self.device))
+
+    def _kept(self) -> tuple[Tensor, ...]:
+        return self._video_BCTHW, self._seeds_B
+
+    def _forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        video_BCTHW, seeds_B = inputs
+        try:
+            output = self.model(video_BCTHW, seeds=seeds_B)
+        except NonFiniteLogitsError as error:
+            raise non_finite(self._step, str(error)) from error
+        return output.loss, describe_output(output)
 
 
 def step_seed(seed: int, step: int) -> int:

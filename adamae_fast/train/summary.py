@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
 from rich.console import Console
 
-from adamae_fast.config import PretrainConfig
+from adamae_fast.config import PretrainConfig, RunConfig
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.synthetic import read_boxes
 from adamae_fast.model.adamae import AdaMAE
@@ -38,19 +38,8 @@ def write_summary(
 
     A report that cannot be drawn is logged as an error; the run and its figures stand.
     """
-    metrics = read_json_lines(run.metrics)
-    checkpoints = run.list_checkpoints()
-    summary: dict[str, object] = {
-        "step": step,
-        "steps": total_steps,
-        "stopped_by": stopped_by,
-        **headline(metrics),
-        "quarantined": len({line["path"] for line in read_json_lines(run.quarantine)}),
-        "metrics": str(run.metrics),
-        "checkpoint": str(checkpoints[-1]) if checkpoints else None,
-    }
-    summary = {name: _rounded(value) for name, value in summary.items()}
-    _write(run, summary)
+    summary = summarize(run, step, total_steps, stopped_by)
+    write_summary_file(run, summary)
     if step == total_steps:
         with console.status("drawing the report"):
             try:
@@ -62,23 +51,54 @@ def write_summary(
                 for name, figure in (report.adaptivity or {}).items():
                     if isinstance(figure, dict):
                         summary[f"adaptivity_{name}"] = _rounded(figure["value"])
-                _write(run, summary)
-    lines = {name: summary.get(name) for name in ("report", "metrics", "checkpoint")}
+                write_summary_file(run, summary)
+    print_summary(summary, ("report", "metrics", "checkpoint"), console)
+    return summary
+
+
+def summarize(run: RunFolder, step: int, total_steps: int, stopped_by: str | None) -> dict[str, object]:
+    """What the summary of every run holds."""
+    checkpoints = run.list_checkpoints()
+    summary: dict[str, object] = {
+        "step": step,
+        "steps": total_steps,
+        "stopped_by": stopped_by,
+        **headline(read_json_lines(run.metrics)),
+        "quarantined": len({line["path"] for line in read_json_lines(run.quarantine)}),
+        "metrics": str(run.metrics),
+        "checkpoint": str(checkpoints[-1]) if checkpoints else None,
+    }
+    return {name: _rounded(value) for name, value in summary.items()}
+
+
+def print_facts(facts: Iterable[tuple[str, str]], console: Console) -> None:
+    """Print a line for each name and fact."""
+    for name, fact in facts:
+        console.print(f"{name:<14}{fact}", soft_wrap=True, highlight=False)
+
+
+def print_stopped(config: RunConfig, step: int, stopped_by: str, console: Console) -> None:
+    """Say that a signal has stopped the run, and how it goes on."""
+    command = "the same command" if config.resume == "auto" else "the same command with --resume auto"
+    console.print(f"stopped by {stopped_by} after step {step}; {command} continues", soft_wrap=True)
+
+
+def print_summary(summary: Mapping[str, object], names: Sequence[str], console: Console) -> None:
+    """Print how the loss fell, those of ``names`` that there are, and the whole as one line of JSON."""
+    lines = {name: summary.get(name) for name in names}
     if summary["loss_fall"] is not None:
         fall = f"{summary['loss_first']:.4g} → {summary['loss_last']:.4g} (mean of the last lines of metrics.jsonl)"
         lines = {"loss": fall, **lines}
-    for name, value in lines.items():
-        if value is not None:
-            console.print(f"{name:<14}{value}", soft_wrap=True, highlight=False)
+    print_facts(((name, str(value)) for name, value in lines.items() if value is not None), console)
     console.out(json.dumps(summary), highlight=False)
-    return summary
 
 
 def _rounded(value: object) -> object:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _write(run: RunFolder, summary: dict[str, object]) -> None:
+def write_summary_file(run: RunFolder, summary: Mapping[str, object]) -> None:
+    """Write summary.json, whole or not at all."""
     temporary = run.summary.with_suffix(".tmp")
     temporary.write_text(json.dumps(summary, indent=1) + "\n")
     temporary.replace(run.summary)

@@ -2,6 +2,8 @@ import pytest
 
 from adamae_fast import AdaMAE
 from adamae_fast.config import ModelConfig, OptimConfig
+from adamae_fast.config_finetune import FinetuneOptimConfig
+from adamae_fast.model.classifier import VideoClassifier
 from adamae_fast.train.optim import build_optimizer, layer_scale, set_learning_rate
 
 
@@ -48,3 +50,15 @@ def test_layer_decay_shrinks_the_rate_towards_the_input(model):
 def test_scales_of_a_vit_b():
     names = ["tokenizer.weight", *(f"encoder.blocks.{k}.norm1.bias" for k in range(12)), "encoder.norm.weight"]
     assert [layer_scale(name, 12, 0.75) for name in names] == pytest.approx([0.75 ** (13 - i) for i in range(14)])
+
+
+def test_layer_decay_of_a_classifier():
+    """Walked back from the head, which, like fc_norm, keeps the whole rate."""
+    classifier = VideoClassifier(ModelConfig(size="nano", num_frames=4, frame_size=64), num_classes=3)
+    scale_of = by_parameter(build_optimizer(classifier, FinetuneOptimConfig()), "lr_scale")
+    scales = {"head": 1.0, "fc_norm": 1.0}
+    scales |= {f"encoder.blocks.{k}": 0.75 ** (4 - k) for k in range(4)}
+    scales["tokenizer"] = 0.75**5
+    for name, parameter in classifier.named_parameters():
+        (scale,) = [scale for part, scale in scales.items() if name.startswith(f"{part}.")]
+        assert scale_of[id(parameter)] == pytest.approx(scale, rel=1e-12), name

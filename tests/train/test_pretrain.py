@@ -23,15 +23,7 @@ from safetensors.torch import load_file
 from adamae_fast import AdaMAE
 from adamae_fast.config import load_config, save_config
 from adamae_fast.run_folder import RunFolder, read_json_lines
-from adamae_fast.train.pretrain import (
-    HARMLESS,
-    OTHER_EXPERIMENT,
-    OTHER_MODEL,
-    WORTH_A_WARNING,
-    changed_choices,
-    kind_of_key,
-    pretrain,
-)
+from adamae_fast.train.pretrain import KEYS, changed_choices, pretrain
 from adamae_fast.train.step import Stepper
 
 STEPS = 14
@@ -270,15 +262,15 @@ def test_another_experiment_in_the_folder_of_a_run_is_refused(recipe, uninterrup
 @pytest.mark.parametrize(
     ("kind", "keys"),
     [
-        (OTHER_MODEL, ["model.size", "model.decoder.depth", "model.sampler.width", "mask.strategy"]),
-        (OTHER_EXPERIMENT, ["mask.ratio", "optim.base_lr", "train.precision", "model.decoder.keep_ratio"]),
-        (WORTH_A_WARNING, ["train.compile", "optim.implementation", "model.layer_norm", "train.epochs"]),
-        (HARMLESS, ["train.cuda_graph", "data.num_workers", "log.every"]),
+        (KEYS.other_model, ["model.size", "model.decoder.depth", "model.sampler.width", "mask.strategy"]),
+        (KEYS.other_experiment, ["mask.ratio", "optim.base_lr", "train.precision", "model.decoder.keep_ratio"]),
+        (KEYS.worth_a_warning, ["train.compile", "optim.implementation", "model.layer_norm", "train.epochs"]),
+        (KEYS.harmless, ["train.cuda_graph", "data.num_workers", "log.every"]),
     ],
     ids=["model", "experiment", "warning", "harmless"],
 )
 def test_what_a_changed_key_means_for_a_checkpoint(kind, keys):
-    assert [kind_of_key(key) for key in keys] == [kind] * len(keys)
+    assert [KEYS.kind_of(key) for key in keys] == [kind] * len(keys)
 
 
 def test_keys_that_do_not_change_the_experiment_may_change_in_a_runs_folder(recipe, tmp_path, caplog):

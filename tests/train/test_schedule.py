@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from adamae_fast.config import DataConfig, OptimConfig, PretrainConfig, TrainConfig
+from adamae_fast.config_finetune import FinetuneConfig
 from adamae_fast.train.schedule import Schedule
 
 
@@ -53,3 +54,27 @@ def test_repeated_crops_count_in_the_batch_and_shorten_the_epoch():
     plan = schedule(100, batch_size=20, epochs=10, data={"repeat": 4}, optim={"warmup_epochs": 1})
     assert plan.total_batch == 20
     assert plan.steps_per_epoch == 20  # 100 videos × 4 crops / 20 clips
+
+
+@pytest.mark.parametrize(("num_videos", "batch_size", "repeat"), [(10, 4, 1), (7, 4, 2), (3, 16, 1), (12, 4, 1)])
+def test_an_epoch_ends_with_the_step_that_completes_it(num_videos, batch_size, repeat):
+    epochs = 5
+    plan = schedule(
+        num_videos, batch_size=batch_size, epochs=epochs, data={"repeat": repeat}, optim={"warmup_epochs": 0}
+    )
+    clips = num_videos * repeat
+    expected = {math.ceil(epoch * clips / batch_size) for epoch in range(1, epochs + 1)}
+    assert {step for step in range(plan.total_steps + 1) if plan.ends_epoch(step)} == expected
+
+
+def test_the_last_step_ends_an_epoch_that_is_not_complete():
+    plan = schedule(10, batch_size=4, steps=4)
+    assert [step for step in range(5) if plan.ends_epoch(step)] == [3, 4]
+
+
+def test_fine_tuning_has_its_own_rates():
+    plan = Schedule.from_config(FinetuneConfig(), 1600)
+    assert (plan.total_batch, plan.total_steps, plan.warmup_steps) == (16, 10_000, 500)
+    rates = [plan.learning_rate(step) for step in (0, 499, 500, 5250)]
+    peak, low = 1e-3 * 16 / 256, 1e-6 * 16 / 256
+    assert rates == pytest.approx([0, peak, peak, (peak + low) / 2])

@@ -3,6 +3,7 @@ import logging
 import torch
 
 from adamae_fast.config import DataConfig, PretrainConfig
+from adamae_fast.config_finetune import FinetuneConfig, LabelledDataConfig
 from adamae_fast.data.dataset import DecodeCost
 from adamae_fast.data.loader import Batch
 from adamae_fast.train import stalls
@@ -49,6 +50,9 @@ def test_the_knob_follows_from_what_is_known(monkeypatch, caplog):
     assert (
         "data prepare: key frames are so far apart that 186 frames are decoded for a clip, which spans 61" in long_way
     )
+    # Frames of all of a video are meant to be far apart.
+    segments = FinetuneConfig(data=LabelledDataConfig(sampling="segments", num_workers=8, repeat=4))
+    assert "data.decoder=dali" in advice(segments, "cuda", figures(0.5, decoded_frames=186 / 4), 8)
     assert "data.decoder=dali" in knob(num_workers=8, repeat=4, decoded_frames=70 / 4)
     assert "data prepare: smaller pictures" in knob("cpu", num_workers=9, repeat=4, decoded_frames=70 / 4)
     assert "--codec h264: DALI decodes only 40% of them" in knob(decoder="dali", dali_share=0.4)
