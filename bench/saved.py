@@ -86,7 +86,7 @@ def saved_bytes(model: nn.Module, call: Callable[[], object]) -> Counter[str]:
         if storage.data_ptr() not in own and x.dtype != torch.uint8:
             key = CASTS if _is_cast_of_parameter(x, parameters) else part
             kept.setdefault(storage.data_ptr(), (key, storage.nbytes()))
-        return x
+        return x.detach()  # x itself may be what is computed here: it and its graph would hold each other for ever
 
     modules = [(name, getattr(model, name, None)) for name in PARTS]
     handles = [m.register_forward_pre_hook(partial(enter, name)) for name, m in modules if m is not None]

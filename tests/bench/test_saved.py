@@ -1,5 +1,7 @@
 """The count of saved bytes sees all that a forward pass leaves behind."""
 
+import gc
+import weakref
 from functools import partial
 from typing import get_args
 
@@ -33,3 +35,12 @@ def test_what_hides_from_the_hooks_is_alive() -> None:
 
     assert saved_bytes(build(NANO), call).total() == 0
     assert 4000 <= alive_bytes(call) <= 4064
+
+
+def test_counting_keeps_no_model_alive() -> None:
+    model = build(NANO)
+    saved_bytes(model, partial(forward, model, draw_video(model, 2), "fp32"))
+    there = weakref.ref(model.encoder.blocks[0].attention.qkv.weight)
+    del model
+    gc.collect()
+    assert there() is None
