@@ -404,6 +404,8 @@ def headline(found: dict[str, list[Result]]) -> str:
         ]
         lines += table(("a training step", "batch", "ms", f"× {base}", memory), rows)
         lines += [f"{result['model']}. {caption(result)}", ""]
+    if results:
+        lines += ["What the arms are, and all other figures: [docs/results.md](docs/results.md).", ""]
     if missing := not_measured(results):
         lines.append(f"A whole training step is {missing} yet.")
     return "\n".join(lines).rstrip() + "\n"

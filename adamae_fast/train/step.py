@@ -64,6 +64,7 @@ class BaseStepper(ABC, Generic[ModelT]):
         self._figure_names = figures
         self._parameters: list[nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
         self._figures = torch.zeros(len(figures), device=device)
+        self._last_figures = torch.zeros(len(figures), device=device)  # of a whole step: a later one may be left out
         self._grad_norm = torch.zeros((), device=device)
         self._step = self._num_batches = 0
         self.averaged: dict[str, Tensor] | None = None
@@ -131,6 +132,7 @@ class BaseStepper(ABC, Generic[ModelT]):
             smallest = min(gradients, key=Tensor.numel)
             smallest.add_(torch.where(self.guard.found_inf() > 0, float("inf"), 0.0).to(smallest.dtype))
             self.scaler.unscale_(self.optimizer)
+        self._last_figures.copy_(self._figures)
         self._grad_norm.copy_(torch.nn.utils.get_total_norm(gradients))
         limit = self._config.optim.clip_grad_norm
         if limit is not None:
@@ -156,7 +158,7 @@ class BaseStepper(ABC, Generic[ModelT]):
     def read_figures(self) -> dict[str, float]:
         """Wait for the device; return the last step's figures. Raises as :meth:`check` does."""
         self.check()
-        figures = dict(zip(self._figure_names, self._figures.tolist(), strict=True))
+        figures = dict(zip(self._figure_names, self._last_figures.tolist(), strict=True))
         figures["grad_norm"] = float(self._grad_norm)
         if self.scaler.is_enabled():
             figures["loss_scale"] = self.scaler.get_scale()

@@ -159,6 +159,29 @@ def test_a_signal_at_any_moment_saves_every_finished_step(recipe, tmp_path, monk
     assert [entry["step"] for entry in read_json_lines(run.metrics)] == list(range(1, done + 1))
 
 
+def test_figures_of_a_stopped_run_are_those_of_its_last_whole_step(recipe, tmp_path, monkeypatch):
+    overrides = {"train.accumulate": 2, "data.num_workers": 0, "checkpoint.every": 1000}
+    runs = {}
+    for name, stop_at in (("whole", None), ("stopped", 5)):
+        calls, original = 0, Stepper.accumulate
+
+        def interrupted(self, *arguments, stop_at=stop_at, original=original):
+            nonlocal calls
+            calls += 1
+            if calls == stop_at:  # in the third step, which is left out
+                signal.raise_signal(signal.SIGTERM)
+            return original(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Stepper, "accumulate", interrupted)
+            every = {"output_dir": str(tmp_path / name), "log.every": 1 if stop_at is None else 1000}
+            pretrain(load_config(recipe, {**overrides, **every}), Console(quiet=True))
+        runs[name] = {entry["step"]: entry for entry in read_json_lines(RunFolder(tmp_path / name).metrics)}
+    assert list(runs["stopped"]) == [1, 2]
+    for key in ("loss", "loss_sampling", "grad_norm", "probability_entropy"):
+        assert runs["stopped"][2][key] == runs["whole"][2][key]
+
+
 def test_what_was_begun_from_another_run_does_not_restart_from_nothing(recipe, uninterrupted, tmp_path):
     overrides = {"output_dir": str(tmp_path / "run"), "data.num_workers": 0}
     begun = load_config(recipe, {**overrides, "resume": str(uninterrupted[0])})
