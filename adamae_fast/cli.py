@@ -18,9 +18,13 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from adamae_fast.config import PretrainConfig, add_fields, add_run_arguments, build_config
+from adamae_fast.config_features import ExtractConfig
 from adamae_fast.config_finetune import EvaluateConfig, FinetuneConfig
 from adamae_fast.errors import RunStoppedError
 from adamae_fast.version import __version__
+
+_ANY_CHECKPOINT = """A run or checkpoint of ours, of pre-training or a classifier (of a run of finetune its best one), a
+published AdaMAE or VideoMAE file, a transformers folder."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,18 @@ def _evaluate(parser: ArgumentParser, arguments: Namespace) -> int:
 
     evaluate(arguments.checkpoint, build_config(parser, arguments, EvaluateConfig), Console())
     return 0
+
+
+def _extract_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=str, help=_ANY_CHECKPOINT)
+    add_fields(parser, ExtractConfig)
+
+
+def _extract(parser: ArgumentParser, arguments: Namespace) -> int:
+    from adamae_fast.features.extract import extract
+
+    summary = extract(arguments.checkpoint, build_config(parser, arguments, ExtractConfig), Console())
+    return 0 if summary is None else _status_of(summary)
 
 
 def _synth_arguments(parser: ArgumentParser) -> None:
@@ -206,6 +222,7 @@ COMMANDS = {
     "pretrain": Command("Pre-train with adaptive, random, tube or frame masking.", _pretrain_arguments, _pretrain),
     "finetune": Command("Train a classifier, from an encoder or from scratch.", _finetune_arguments, _finetune),
     "evaluate": Command("Test a classifier with several views of each video.", _evaluate_arguments, _evaluate),
+    "extract": Command("Write frozen features of a manifest's videos.", _extract_arguments, _extract),
     "visualize": Command("Draw what a checkpoint sees, masks and predicts.", _visualize_arguments, _visualize),
     "convert": Command("Convert from and to published AdaMAE, VideoMAE, transformers.", _convert_arguments, _convert),
     "bench": Command("Measure time and memory, in a checkout: adamae-fast bench step.", _bench_arguments, _bench),

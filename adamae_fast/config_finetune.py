@@ -271,21 +271,14 @@ class EvaluateViewsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """What adamae-fast evaluate does with a fine-tuned checkpoint."""
-
-    output_dir: str | None = None
-    """Folder for the results, which replace earlier ones there; evaluation/ in the run's folder if null."""
+class ViewingConfig:
+    """How a checkpoint is shown the videos of a manifest; what is null is as in the run that trained it."""
 
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     """Which videos are tested and how they are read."""
 
     views: EvaluateViewsConfig = field(default_factory=EvaluateViewsConfig)
     """Which views of a video are tested."""
-
-    merge: Merge = "softmax"
-    """What is averaged over the views of a video: their probabilities (softmax, as VideoMAE does), or their logits (as
-    the published AdaMAE does)."""
 
     batch_size: int | None = None
     """Clips in one forward pass; train.batch_size of the run if null."""
@@ -316,6 +309,18 @@ class EvaluateConfig:
             views=replace(trained.views, **_not_null(self.views)),
             train=replace(trained.train, **{key: value for key, value in train.items() if value is not None}),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ViewingConfig):
+    """What adamae-fast evaluate does with a fine-tuned checkpoint."""
+
+    output_dir: str | None = None
+    """Folder for the results, which replace earlier ones there; evaluation/ in the run's folder if null."""
+
+    merge: Merge = "softmax"
+    """What is averaged over the views of a video: their probabilities (softmax, as VideoMAE does), or their logits (as
+    the published AdaMAE does)."""
 
 
 def _not_null(config: EvaluateDataConfig | EvaluateViewsConfig) -> dict[str, Any]:

@@ -12,7 +12,17 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "adamae_fast").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
-BASE = {"config", "config_finetune", "device", "errors", "grid", "run_folder", "tensor_file", "version"}
+BASE = {
+    "config",
+    "config_features",
+    "config_finetune",
+    "device",
+    "errors",
+    "grid",
+    "run_folder",
+    "tensor_file",
+    "version",
+}
 """Modules that know nothing of any part."""
 
 ALLOWED = {
@@ -22,6 +32,7 @@ ALLOWED = {
     "data": {"data", *BASE},
     "train": {"train", "ops", "masking", "model", "interop", "data", "report", *BASE},
     "interop": {"interop", "model", *BASE},
+    "features": {"features", "train", "model", "interop", "data", "report", *BASE},
     "report": {"ops", "report", "model", "masking", "data", *BASE},
     "testing": {"ops"},
     **dict.fromkeys(BASE, BASE),

@@ -18,10 +18,12 @@ A folder that ``data prepare`` wrote is a manifest too; :mod:`adamae_fast.data.s
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +176,16 @@ def numbered_images(folder: str) -> dict[int, str]:
             raise ValueError(f"{images[number]} and {name} have the same number; keep one kind of image in a folder")
         images[number] = name
     return dict(sorted(images.items()))
+
+
+def digest_entries(entries: Sequence[Entry]) -> str:
+    """A checksum of what the manifest says, wherever it was read from."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        checksum = entry.prepared and entry.prepared.sha256
+        facts = (os.path.abspath(entry.path), entry.label, entry.start, entry.num_frames, entry.kind, checksum)
+        digest.update(json.dumps(facts).encode())
+    return digest.hexdigest()
 
 
 def _read_prepared(index: Path, root: str | None) -> list[Entry]:

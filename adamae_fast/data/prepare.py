@@ -37,7 +37,7 @@ from rich.text import Text
 from adamae_fast.data.decode import VideoError
 from adamae_fast.data.encode import ENCODERS, Codec, Settings, encode
 from adamae_fast.data.loader import CRASH_SIGNALS
-from adamae_fast.data.manifest import Entry, read_manifest
+from adamae_fast.data.manifest import Entry, digest_entries, read_manifest
 from adamae_fast.data.shards import (
     FORMAT,
     INDEX_NAME,
@@ -172,7 +172,7 @@ def _begin(folder: Path, settings: dict[str, Any], manifest: str, entries: Seque
         "settings": settings,
         "manifest": os.path.abspath(os.path.expanduser(manifest)),
         "entries": len(entries),
-        "entries_sha256": _digest(entries),
+        "entries_sha256": digest_entries(entries),
     }
     if not index.exists():
         found = [name for name in sorted(os.listdir(folder)) if name != UNFINISHED]
@@ -199,16 +199,6 @@ def _begin(folder: Path, settings: dict[str, Any], manifest: str, entries: Seque
             f"videos; now {len(entries)}); choose a new folder"
         )
     return prepared
-
-
-def _digest(entries: Sequence[Entry]) -> str:
-    """A checksum of what the manifest says, wherever it was read from."""
-    digest = hashlib.sha256()
-    for entry in entries:
-        checksum = entry.prepared and entry.prepared.sha256
-        facts = (os.path.abspath(entry.path), entry.label, entry.start, entry.num_frames, entry.kind, checksum)
-        digest.update(json.dumps(facts).encode())
-    return digest.hexdigest()
 
 
 def _whole(index: PreparedIndex) -> str:

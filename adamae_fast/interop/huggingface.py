@@ -8,6 +8,7 @@ difference of their own: the decoder's last LayerNorm and the classifier's ``fc_
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     }
 
 
-def check_config(folder: Path, config: dict[str, Any], expected: dict[str, Any]) -> None:
+def check_config(folder: Path, config: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raise ValueError that lists the settings in config.json whose value is another than ``expected``."""
     faults = [
         f"{key}={config[key]!r}, expected {value!r}"

@@ -25,8 +25,11 @@ def infer_model(
     num_tokens: int | None = None,
     num_frames: int | None = None,
     frame_size: int | None = None,
+    encoder_only: bool = False,
 ) -> ModelConfig:
     """Return the sizes of the pre-trained model, or of the classifier, whose tensors have these shapes.
+
+    With ``encoder_only`` the decoder is not looked at, and may be missing.
 
     Width, depth and tubelet come from the shapes; the clip from ``num_frames`` and ``frame_size`` where given, else
     from ``num_tokens`` (see :func:`infer_clip`). Raises ValueError that says what the file lacks or what has no match.
@@ -41,7 +44,7 @@ def infer_model(
     depth = encoder_depth(shapes, names)
     decoder_width: int | None = None
     decoder_depth: int | None = None
-    if names("head.weight")[0] not in shapes:  # a classifier has no decoder
+    if not encoder_only and names("head.weight")[0] not in shapes:  # a classifier has no decoder
         decoder_width = _shape(shapes, names("projection.weight")[0], source)[0]
         decoder_depth = _depth(shapes, names, "decoder")
     size = next(

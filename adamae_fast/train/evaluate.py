@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 
-from adamae_fast.config import load_run_config
-from adamae_fast.config_finetune import EvaluateConfig, FinetuneConfig, Merge
+from adamae_fast.config import ModelConfig, load_config, load_run_config
+from adamae_fast.config_finetune import EvaluateConfig, FinetuneConfig, LabelledDataConfig, Merge
 from adamae_fast.data.labelled import read_labels
 from adamae_fast.data.manifest import Entry, read_manifest
 from adamae_fast.data.quarantine import BadVideo, TooManyBadVideosError
@@ -41,7 +42,17 @@ def evaluate(checkpoint: str, options: EvaluateConfig, console: Console) -> dict
     if "head.weight" not in read_tensors_file(folder / MODEL_FILE):
         raise ValueError(f"{folder} is no classifier; make one of it with adamae-fast finetune --init {folder}")
     model = VideoClassifier.from_pretrained(folder).eval()
-    config = options.applied_to(_trained_with(folder, model))
+    trained = trained_with(folder, model.config)
+    if trained == FinetuneConfig(model=model.config):
+        log.warning(
+            "%s was not fine-tuned here: unless told otherwise, data.sampling=%s, data.stride=%d, %d × %d views",
+            folder,
+            trained.data.sampling,
+            trained.data.stride,
+            trained.views.temporal,
+            trained.views.spatial,
+        )
+    config = options.applied_to(trained)
     if options.data.stride is not None and config.data.sampling == "segments":
         log.warning("data.stride has no effect: data.sampling=segments takes a frame of each part of the video")
     manifest = config.data.manifest
@@ -50,7 +61,7 @@ def evaluate(checkpoint: str, options: EvaluateConfig, console: Console) -> dict
     entries = read_manifest(manifest, config.data.root)
     labels, _ = read_labels(entries, manifest, model.num_classes)
     with process_group() as (rank, world_size):
-        device = _device_of(options.device, world_size)
+        device = device_of(options.device, world_size)
         views = config.views
         facts = [
             ("checkpoint", str(folder)),
@@ -84,9 +95,9 @@ def evaluate(checkpoint: str, options: EvaluateConfig, console: Console) -> dict
             "merge": options.merge,
             **describe_results(found, entries, labels, options.merge),
         }
-        _write(results, output_dir)
-        _print(results, output_dir, console)
-    _refuse_too_many(found.bad, len(entries), config.data.max_bad_share)
+        write_results(results, output_dir)
+        print_results(results, output_dir, console)
+    refuse_too_many(found.bad, len(entries), config.data.max_bad_share)
     return results if rank == 0 else None
 
 
@@ -125,25 +136,24 @@ def describe_results(
     }
 
 
-def _trained_with(folder: Path, model: VideoClassifier) -> FinetuneConfig:
-    """The configuration that the checkpoint was fine-tuned with; the defaults for one that was converted."""
-    path = folder / CONFIG_FILE
-    if "classifier" in yaml.safe_load(path.read_text()):
-        return load_run_config(path, FinetuneConfig)
-    config = FinetuneConfig(model=model.config)
-    log.warning(
-        "%s was not fine-tuned here: unless told otherwise, data.sampling=%s, data.stride=%d, %d × %d views",
-        folder,
-        config.data.sampling,
-        config.data.stride,
-        config.views.temporal,
-        config.views.spatial,
-    )
-    return config
+def trained_with(folder: Path, model: ModelConfig) -> FinetuneConfig:
+    """How the checkpoint in ``folder``, whose model is ``model``, was shown videos: by its run, or the defaults.
+
+    Of pre-training that is what it shares with fine-tuning: how videos are found and read, and the stride.
+    """
+    recipe = folder / CONFIG_FILE
+    groups = yaml.safe_load(recipe.read_text()) if recipe.is_file() else {}
+    if "classifier" in groups:
+        return replace(load_run_config(recipe, FinetuneConfig), model=model)
+    if "mask" not in groups:
+        return FinetuneConfig(model=model)
+    data = load_config(recipe).data
+    kept = {key: getattr(data, key) for key in ("decoder", "stride", "num_workers", "timeout", "max_bad_share")}
+    return FinetuneConfig(model=model, data=LabelledDataConfig(**kept))
 
 
-def _device_of(name: str, world_size: int) -> torch.device:
-    """The device; of several processes on one machine, each has a GPU of its own."""
+def device_of(name: str, world_size: int) -> torch.device:
+    """The device that ``name`` means; of several processes on one machine, each has a GPU of its own."""
     device = pick_device(name)
     if device.type == "cuda" and device.index is None and world_size > 1:
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -155,7 +165,8 @@ def _default_output(folder: Path) -> Path:
     return (folder.parent.parent if folder.parent.name == "checkpoints" else folder) / "evaluation"
 
 
-def _write(results: dict[str, object], output_dir: Path) -> None:
+def write_results(results: dict[str, object], output_dir: Path) -> None:
+    """Write results.json, with what :func:`describe_results` says in it, and confusion_matrix.png."""
     output_dir.mkdir(parents=True, exist_ok=True)
     matrix = results["confusion_matrix"]
     draw_confusion(torch.tensor(matrix).numpy(), output_dir / "confusion_matrix.png")
@@ -164,7 +175,8 @@ def _write(results: dict[str, object], output_dir: Path) -> None:
     temporary.replace(output_dir / "results.json")
 
 
-def _print(results: dict[str, object], output_dir: Path, console: Console) -> None:
+def print_results(results: dict[str, object], output_dir: Path, console: Console) -> None:
+    """Print the classes, what is unreadable, where the files are, and all but the long lists as one line of JSON."""
     classes, unreadable = results["classes"], results["unreadable"]
     assert isinstance(classes, list)
     assert isinstance(unreadable, list)
@@ -178,7 +190,8 @@ def _print(results: dict[str, object], output_dir: Path, console: Console) -> No
     console.out(json.dumps({name: value for name, value in results.items() if name not in lists}), highlight=False)
 
 
-def _refuse_too_many(bad: Sequence[BadVideo], num_videos: int, max_share: float) -> None:
+def refuse_too_many(bad: Sequence[BadVideo], num_videos: int, max_share: float) -> None:
+    """Raise TooManyBadVideosError if more than ``max_share`` of a manifest's videos are ``bad``."""
     if len(bad) > max_share * num_videos:
         raise TooManyBadVideosError(
             f"{len(bad)} of {num_videos} videos ({len(bad) / num_videos:.1%}) are unreadable, more than "

@@ -1,14 +1,15 @@
 """What a classifier says about every video of a manifest: views, merged; processes, gathered.
 
-Shapes: B clips, S views of a video, V videos, K classes.
+Shapes: B clips, S views of a video, V videos, K classes, X any further dimensions.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,80 @@ def merge_views(logits_BK: Tensor, num_views: int, merge: Merge) -> Tensor:
     return (logits_VSK.softmax(-1) if merge == "softmax" else logits_VSK).mean(1)
 
 
+class Shown(NamedTuple):
+    """What a model says about the views of the videos of a batch."""
+
+    ids_V: Tensor
+    """int64: index in the manifest of the videos that could be read."""
+
+    outputs_BX: Tensor | None
+    """What it says of each clip, on its device, the S views of a video together; None if no video could be read."""
+
+    bad: Sequence[BadVideo]
+    """Videos that could not."""
+
+
 @torch.no_grad()
+def show_views(
+    compute: Callable[[Tensor], Tensor],
+    entries: Sequence[Entry],
+    config: FinetuneConfig,
+    views: ViewsConfig,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    known_crashers: Mapping[str, str] | None = None,
+) -> Generator[Shown, None, None]:
+    """Let ``compute`` see all views of process ``rank``'s share of the videos, batch by batch.
+
+    Args:
+        compute: from clips, uint8 (B, 3, T, H, W) on ``device``, to something of each of them; B is train.batch_size at
+            most.
+        entries: the whole manifest.
+        config: how videos are read, size of clips and batches, precision.
+        views: of each video.
+        device: where it computes.
+        rank: of this process.
+        world_size: number of processes; on all together each video is seen once.
+        known_crashers: videos that are not opened.
+
+    Raises DataStoppedError as :func:`~adamae_fast.data.labelled.view_batches` does.
+    """
+    batches = view_batches(
+        entries,
+        config.data,
+        views,
+        num_frames=config.model.num_frames,
+        frame_size=config.model.frame_size,
+        batch_size=config.train.batch_size,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        known_crashers=known_crashers,
+    )
+    upload = Uploader(device)
+    with closing(batches):
+        for batch in batches:
+            outputs_BX = None
+            if len(batch.ids):
+                with arithmetic(device, config.train.precision):
+                    clips = upload(batch.video).split(config.train.batch_size)  # a video may have more views than that
+                    outputs_BX = torch.cat([compute(clips_BCTHW) for clips_BCTHW in clips])
+            yield Shown(batch.ids[:: views.temporal * views.spatial], outputs_BX, batch.bad)
+
+
+def require_finite(values_VX: Tensor, ids_V: Tensor, entries: Sequence[Entry], what: str) -> None:
+    """Raise RunStoppedError that names the first video some of whose ``values_VX`` are not finite."""
+    finite_V = values_VX.isfinite().flatten(1).all(1)
+    if not finite_V.all():
+        first = entries[int(ids_V[~finite_V][0])].path
+        raise RunStoppedError(
+            f"{int((~finite_V).sum())} videos have {what} that are not finite, the first being {first}; the weights "
+            "are broken, or precision=fp16 overflows: try fp32"
+        )
+
+
 def predict_views(
     model: VideoClassifier,
     entries: Sequence[Entry],
@@ -74,62 +148,39 @@ def predict_views(
     stop: Sequence[str] = (),
     advance: Callable[[int], None] = lambda num_videos: None,
 ) -> Predictions | None:
-    """Show ``model`` all views of process ``rank``'s share of the videos; None once ``stop`` is not empty.
+    """Show ``model``, in eval mode and on ``device``, all views of process ``rank``'s share of the videos.
 
-    Args:
-        model: in eval mode, on ``device``.
-        entries: the whole manifest.
-        config: how videos are read, size of clips and batches, precision.
-        views: of each video.
-        merge: see :func:`merge_views`.
-        device: where it computes.
-        rank: of this process.
-        world_size: number of processes; on all together each video is seen once.
-        known_crashers: videos that are not opened.
-        stop: receives the name of a stop signal.
-        advance: is told how many videos were done.
+    Returns None once ``stop``, which receives the name of a stop signal, is not empty. Views are merged as
+    :func:`merge_views` does; ``advance`` is told how many videos were done; the rest is as for :func:`show_views`.
 
     Raises:
         RunStoppedError: scores that are not finite.
         DataStoppedError: as :func:`~adamae_fast.data.labelled.view_batches` does.
     """
-    num_views = views.temporal * views.spatial
-    batches = view_batches(
-        entries,
-        config.data,
-        views,
-        num_frames=config.model.num_frames,
-        frame_size=config.model.frame_size,
-        batch_size=config.train.batch_size,
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        known_crashers=known_crashers,
-    )
-    upload = Uploader(device)
     ids = [torch.empty(0, dtype=torch.int64)]
     scores = [torch.empty(0, model.num_classes, dtype=torch.float64, device=device)]
     bad: list[BadVideo] = []
-    with closing(batches):
-        for batch in batches:
+    shown_views = show_views(
+        model,
+        entries,
+        config,
+        views,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        known_crashers=known_crashers,
+    )
+    with closing(shown_views):
+        for shown in shown_views:
             if stop:
                 return None
-            bad += batch.bad
-            if len(batch.ids):
-                with arithmetic(device, config.train.precision):
-                    clips = upload(batch.video).split(config.train.batch_size)  # a video may have more views than that
-                    logits_BK = torch.cat([model(clips_BCTHW) for clips_BCTHW in clips])
-                scores.append(merge_views(logits_BK, num_views, merge))
-                ids.append(batch.ids[::num_views])
-            advance(len(batch.ids) // num_views + len(batch.bad))
+            bad += shown.bad
+            if shown.outputs_BX is not None:
+                scores.append(merge_views(shown.outputs_BX, views.temporal * views.spatial, merge))
+                ids.append(shown.ids_V)
+            advance(len(shown.ids_V) + len(shown.bad))
     predictions = Predictions(ids_V=torch.cat(ids), scores_VK=torch.cat(scores).cpu(), bad=bad)
-    finite_V = predictions.scores_VK.isfinite().all(1)
-    if not finite_V.all():
-        first = entries[int(predictions.ids_V[~finite_V][0])].path
-        raise RunStoppedError(
-            f"{int((~finite_V).sum())} videos have scores that are not finite, the first being {first}; the weights "
-            "are broken, or precision=fp16 overflows: try fp32"
-        )
+    require_finite(predictions.scores_VK, predictions.ids_V, entries, "scores")
     return predictions
 
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -26,6 +22,7 @@ from adamae_fast.data.quarantine import TooManyBadVideosError
 from adamae_fast.run_folder import RunFolder
 from adamae_fast.train.evaluate import evaluate
 from adamae_fast.train.predict import Predictions, join_predictions, merge_views, predict_views
+from tests.processes import run_together
 from tests.train.labelled_videos import write_classifier, write_manifest, write_recipe
 from tests.train.test_finetune import write_pretrained
 
@@ -153,30 +150,21 @@ def test_logits_may_be_averaged(trained, tmp_path):
 
 
 def test_two_processes_write_the_same_results_as_one(results, trained, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "adamae_fast", "evaluate", str(trained[0]), "--output-dir", str(tmp_path / "out")]
-    command += ["--data.manifest", str(trained[3]), "--data.max_bad_share", "0.5"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**environment, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+    options_ = [
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--data.manifest",
+        str(trained[3]),
+        "--data.max_bad_share",
+        "0.5",
     ]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = run_together(["evaluate", str(trained[0]), *options_])
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     for name in ("num_videos", "num_readable", "num_unreadable", "top1", "top5", "confusion_matrix", "unreadable"):
         assert found[name] == results[1][name], name
     assert [line["best"] for line in found["predictions"]] == [line["best"] for line in results[1]["predictions"]]
-    assert "num_readable" in outputs[0][0].splitlines()[-1]
-    assert not outputs[1][0].strip()
+    assert "num_readable" in outputs[0].splitlines()[-1]
+    assert not outputs[1].strip()
 
 
 def test_too_many_unreadable_videos_are_an_error_that_keeps_the_results(trained, tmp_path):

@@ -1,0 +1,1 @@
+"""Frozen features: extracted once, then probed and searched."""

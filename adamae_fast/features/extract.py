@@ -1,0 +1,264 @@
+"""Frozen features of every video of a manifest, computed once, in shards that resume.
+
+Shapes: B clips, V videos, S views of a video, N tokens, D width, X either (D,) or (N, D).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shlex
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from adamae_fast.config_features import DEFAULT_DTYPES, ExtractConfig, FeatureConfig, Tokens
+from adamae_fast.config_finetune import FinetuneConfig
+from adamae_fast.data.manifest import Entry, digest_entries, read_manifest
+from adamae_fast.data.quarantine import BadVideo
+from adamae_fast.device import describe_device
+from adamae_fast.features.store import DTYPES, FeatureStore, ShardContent
+from adamae_fast.interop.convert import detect_layout
+from adamae_fast.interop.starting_point import open_encoder
+from adamae_fast.model.video_encoder import VideoEncoder
+from adamae_fast.run_folder import RunFolder, find_weights
+from adamae_fast.train.evaluate import device_of, refuse_too_many, trained_with
+from adamae_fast.train.predict import process_group, require_finite, show_views
+from adamae_fast.train.signals import stop_signals
+from adamae_fast.train.summary import print_facts
+from adamae_fast.version import __version__
+
+log = logging.getLogger("adamae_fast")
+
+
+def extract(checkpoint: str, options: ExtractConfig, console: Console) -> dict[str, Any] | None:
+    """Write the features of every video of a manifest, or go on with it; return what is printed as JSON.
+
+    Under torchrun the processes share the videos; the first one returns it, the others return None.
+
+    Raises ValueError for a checkpoint, manifest, folder or option that cannot be used, and RunStoppedError for more
+    unreadable videos than data.max_bad_share allows (the features of the others are there) or for features that are
+    not finite.
+    """
+    if not options.output_dir:
+        raise ValueError("output_dir is required: name a folder for the features")
+    source = open_source(checkpoint, options)
+    with process_group() as (rank, world_size), stop_signals() as stop:
+        source.model.to(device_of(options.device, world_size))
+        if rank == 0:
+            print_facts([*source.describe(world_size), ("features", options.output_dir)], console)
+        index = extract_features(source, options, rank, world_size, console, stop)
+    if rank > 0:
+        return None
+    summary: dict[str, Any] = {"output_dir": options.output_dir, "stopped_by": stop[0] if index is None else None}
+    if index is None:
+        console.print(f"stopped by {stop[0]}; what is done stands, and the same command goes on", soft_wrap=True)
+    else:
+        summary |= {key: index[key] for key in ("num_videos", "num_readable", "num_labelled", "shape")}
+        summary |= {"num_unreadable": len(index["unreadable"]), "dtype": index["settings"]["dtype"]}
+        for video in index["unreadable"]:
+            line = f"unreadable: {video['path']}: {video['reason']}"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.out(json.dumps(summary), highlight=False)
+    if index is not None:
+        refuse_unreadable(index, source.config)
+    return summary
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, how it is shown videos, and which."""
+
+    checkpoint: Path
+    """The folder or file itself, where a run was named."""
+
+    model: VideoEncoder
+    weights_sha256: str
+    config: FinetuneConfig
+    entries: Sequence[Entry]
+
+    def describe(self, world_size: int) -> list[tuple[str, str]]:
+        """What the user is told first."""
+        data, views, size = self.config.data, self.config.views, self.config.model
+        device = next(self.model.parameters()).device
+        frames = "a frame of each part" if data.sampling == "segments" else f"stride {data.stride}"
+        return [
+            ("checkpoint", f"{self.checkpoint}, {size.size}"),
+            ("videos", f"{data.manifest}, {len(self.entries)} videos"),
+            (
+                "clips",
+                f"{size.num_frames} frames of {size.frame_size} × {size.frame_size}, {data.sampling} ({frames}), "
+                f"{views.temporal} × {views.spatial} views",
+            ),
+            ("device", f"{describe_device(device)}, {self.config.train.precision}, {world_size} processes"),
+        ]
+
+
+def open_source(checkpoint: str, options: FeatureConfig) -> Source:
+    """Load an encoder and read the manifest. Raises ValueError for what cannot be used."""
+    path = find_checkpoint(checkpoint)
+    model = open_encoder(path, options.num_frames, options.frame_size)
+    config = options.applied_to(trained_with(path, model.config))
+    if options.data.stride is not None and config.data.sampling == "segments":
+        log.warning("data.stride has no effect: data.sampling=segments takes a frame of each part of the video")
+    if not config.data.manifest:
+        raise ValueError("data.manifest is required: name an annotation file, or a folder of videos")
+    entries = read_manifest(config.data.manifest, config.data.root)
+    return Source(path, model, weights_checksum(model), config, entries)
+
+
+def find_checkpoint(checkpoint: str) -> Path:
+    """The best checkpoint of a fine-tuning run, else the newest of a run; what is no run, as it is."""
+    path = Path(checkpoint)
+    if best := RunFolder(path).best_checkpoint():
+        return best
+    return find_weights(path)[0].parent if detect_layout(path) == "adamae-fast" else path
+
+
+def weights_checksum(model: VideoEncoder) -> str:
+    """SHA-256 of the weights that features depend on, whichever file they came in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith("head."):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def features_of(model: VideoEncoder, tokens: Tokens) -> Callable[[Tensor], Tensor]:
+    """What is computed of a clip: its pooled features (B, D), or all tokens (B, N, D)."""
+    return (lambda video: model.pool(model.features(video))) if tokens == "pooled" else model.features
+
+
+def merge_features(features_BX: Tensor, tokens: Tokens, num_views: int) -> Tensor:
+    """From the S views of each video to its features: their mean (V, D), or their tokens in order (V, S·N, D)."""
+    features_VSX = features_BX.unflatten(0, (-1, num_views))
+    return features_VSX.float().mean(1) if tokens == "pooled" else features_VSX.flatten(1, 2)
+
+
+def extract_features(
+    source: Source, options: ExtractConfig, rank: int, world_size: int, console: Console, stop: Sequence[str]
+) -> dict[str, Any] | None:
+    """Make the missing shards of ``options.output_dir``, this process its share; return the index when all is there.
+
+    ``source.model`` is on its device. Returns None where a signal, whose name is in ``stop``, came before, on any
+    process.
+    """
+    store = _store(source, options)
+    store.check()  # on every process, so that all refuse alike
+    with RunFolder(store.folder).lock() if rank == 0 else nullcontext():
+        if rank == 0:
+            store.begin()
+        missing: list[list[int]] = [store.missing()]
+        if world_size > 1:
+            dist.broadcast_object_list(missing)
+        mine = missing[0][rank::world_size]
+        done = [_write_shards(store, mine, source, options, rank, console, stop)]
+        if world_size > 1:
+            done *= world_size
+            dist.all_gather_object(done, done[rank])
+        if not all(done):
+            return None
+        return store.finish() if rank == 0 else {}
+
+
+def refuse_unreadable(index: dict[str, Any], config: FinetuneConfig) -> None:
+    """Raise TooManyBadVideosError if more videos of a finished index are unreadable than data.max_bad_share allows."""
+    bad = [BadVideo(video["path"], video["reason"]) for video in index["unreadable"]]
+    refuse_too_many(bad, index["num_videos"], config.data.max_bad_share)
+
+
+def _store(source: Source, options: ExtractConfig) -> FeatureStore:
+    config = source.config
+    views, batch_size = config.views, config.train.batch_size
+    num_views = views.temporal * views.spatial
+    dtype = options.dtype or DEFAULT_DTYPES[options.tokens]
+    per_batch = max(1, batch_size // num_views)
+    settings = {
+        "weights_sha256": source.weights_sha256,
+        "entries_sha256": digest_entries(source.entries),
+        "tokens": options.tokens,
+        "dtype": dtype,
+        "format": options.format,
+        "num_frames": config.model.num_frames,
+        "frame_size": config.model.frame_size,
+        "data.sampling": config.data.sampling,
+        "data.stride": None if config.data.sampling == "segments" else config.data.stride,
+        "views.temporal": views.temporal,
+        "views.spatial": views.spatial,
+        "precision": config.train.precision,
+        # Both decide which clips are computed together, and so the last bits. A shard is a whole number of batches.
+        "batch_size": batch_size,
+        "shard_videos": -(-options.shard_videos // per_batch) * per_batch,
+    }
+    width = source.model.tokenizer.weight.shape[0]
+    told = {"data.manifest": config.data.manifest, "data.root": config.data.root, **settings}
+    told["output_dir"] = options.output_dir
+    words = [f"--{key}={value}" for key, value in told.items() if value is not None and not key.endswith("_sha256")]
+    command = ["adamae-fast", "extract", str(source.checkpoint), *words]
+    facts = {
+        "checkpoint": str(source.checkpoint),
+        "data.manifest": config.data.manifest,
+        "command": shlex.join(command),
+        "shape": [width] if options.tokens == "pooled" else [num_views * source.model.grid.num_tokens, width],
+        "versions": {"adamae-fast": __version__, "torch": torch.__version__},
+    }
+    return FeatureStore(Path(options.output_dir), settings, facts, len(source.entries))
+
+
+def _write_shards(
+    store: FeatureStore,
+    shards: Sequence[int],
+    source: Source,
+    options: ExtractConfig,
+    rank: int,
+    console: Console,
+    stop: Sequence[str],
+) -> bool:
+    """Whether all of them were written before ``stop``."""
+    entries, config = source.entries, source.config
+    numbers = [i for shard in shards for i in store.range_of(shard)]
+    if not numbers:
+        return True
+    num_views = config.views.temporal * config.views.spatial
+    shown_views = show_views(
+        features_of(source.model, options.tokens),
+        [entries[i] for i in numbers],
+        config,
+        config.views,
+        device=next(source.model.parameters()).device,
+    )
+    dtype = DTYPES[options.dtype or DEFAULT_DTYPES[options.tokens]]
+    with (
+        closing(shown_views),
+        Progress(console=console, disable=rank > 0 or not console.is_terminal, transient=True) as progress,
+    ):
+        task = progress.add_task("videos", total=len(numbers))
+        for shard in shards:
+            waiting = len(store.range_of(shard))
+            features = [torch.empty(0, *store.shape, dtype=dtype)]
+            ids: list[int] = []
+            bad: list[BadVideo] = []
+            while waiting:
+                if stop:
+                    return False
+                shown = next(shown_views)
+                bad += shown.bad
+                if shown.outputs_BX is not None:
+                    merged_VX = merge_features(shown.outputs_BX, options.tokens, num_views)
+                    require_finite(merged_VX.to(dtype), shown.ids_V, [entries[i] for i in numbers], "features")
+                    features.append(merged_VX.to(dtype).cpu())
+                    ids += [numbers[i] for i in shown.ids_V.tolist()]
+                waiting -= len(shown.ids_V) + len(shown.bad)
+                progress.advance(task, len(shown.ids_V) + len(shown.bad))
+            store.write(shard, ShardContent(torch.cat(features), ids, bad), entries)
+    return True
