@@ -155,6 +155,21 @@ def _visualize(parser: ArgumentParser, arguments: Namespace) -> int:
     return visualize(**arguments.as_dict())
 
 
+def _saliency_arguments(parser: ArgumentParser) -> None:
+    from adamae_fast.report.saliency import saliency
+
+    parser.add_argument("checkpoint", type=str, help="A checkpoint folder, or a run's folder, with a sampler.")
+    parser.add_argument("videos", type=str, nargs="+", help="Video files.")
+    parser.add_argument("--side_by_side", action="store_true", help="The video as it is to the left of it.")
+    parser.add_function_arguments(saliency, skip={"checkpoint", "videos", "side_by_side"})
+
+
+def _saliency(parser: ArgumentParser, arguments: Namespace) -> int:
+    from adamae_fast.report.saliency import saliency
+
+    return saliency(**arguments.as_dict())
+
+
 def _convert_arguments(parser: ArgumentParser) -> None:
     from adamae_fast.interop.convert import convert
 
@@ -224,6 +239,7 @@ COMMANDS = {
     "evaluate": Command("Test a classifier with several views of each video.", _evaluate_arguments, _evaluate),
     "extract": Command("Write frozen features of a manifest's videos.", _extract_arguments, _extract),
     "visualize": Command("Draw what a checkpoint sees, masks and predicts.", _visualize_arguments, _visualize),
+    "saliency": Command("Lay the sampler's probability map over whole videos.", _saliency_arguments, _saliency),
     "convert": Command("Convert from and to published AdaMAE, VideoMAE, transformers.", _convert_arguments, _convert),
     "bench": Command("Measure time and memory, in a checkout: adamae-fast bench step.", _bench_arguments, _bench),
 }

@@ -37,17 +37,18 @@ def test_from_labelled_videos_to_a_confusion_matrix(tmp_path, monkeypatch, capsy
     torch.manual_seed(0)
     save_file(AdaMAE.from_config(REPOSITORY / "configs" / "demo.yaml").state_dict(), demo / "model.safetensors")
     ran = []
-    for command in commands("From labelled videos"):
+    for command in [*commands("From labelled videos"), *commands("Saliency")]:
         words = shlex.split(command)
         assert words.pop(0) == "adamae-fast"
         name = next(name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS)
         assert main([*words, *SMALLER.get(name, [])]) == 0, capsys.readouterr().err
         ran.append(name)
-    assert ran == ["data synth", "data synth", "data check", "finetune", "evaluate"]
+    assert ran == ["data synth", "data synth", "data check", "finetune", "evaluate", "saliency"]
     output_dir = Path("runs/demo-finetuned/evaluation")
     results = json.loads((output_dir / "results.json").read_text())
     assert (results["num_videos"], results["num_readable"], len(results["classes"])) == (8, 8, 8)
     assert (output_dir / "confusion_matrix.png").stat().st_size > 1000
+    assert len(list(Path("runs/demo-saliency").glob("*_saliency.mp4"))) == 2
 
 
 def test_recipes_that_are_named_exist():

@@ -205,16 +205,16 @@ def center_box(height: int, width: int) -> CropBox:
 
 
 def apply_view(frames_THWC: NDArray[np.uint8] | Tensor, view: View, frame_size: int) -> Tensor:
-    """Crop, resize and mirror decoded frames: uint8 (T, H, W, 3) → uint8 (3, T, S, S), contiguous.
-
-    Bilinear with antialiasing, as Pillow resizes; the two differ by one level at most.
-    """
+    """Crop, :func:`resize` and mirror decoded frames: uint8 (T, H, W, 3) → uint8 (3, T, S, S), contiguous."""
     frames = torch.as_tensor(frames_THWC)
     box = view.box
     part_TCHW = frames[:, box.top : box.top + box.height, box.left : box.left + box.width].permute(0, 3, 1, 2)
-    resized_TCHW = F.interpolate(
-        part_TCHW, size=(frame_size, frame_size), mode="bilinear", antialias=True, align_corners=False
-    )
+    resized_TCHW = resize(part_TCHW, frame_size, frame_size)
     if view.flip:
         resized_TCHW = resized_TCHW.flip(-1)
     return resized_TCHW.transpose(0, 1).contiguous()
+
+
+def resize(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
+    """Frames of this size: bilinear with antialiasing, as Pillow resizes; the two differ by one level at most."""
+    return F.interpolate(frames_TCHW, size=(height, width), mode="bilinear", antialias=True, align_corners=False)

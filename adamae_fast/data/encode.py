@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from adamae_fast.data.decode import VideoError, open_entry
+from adamae_fast.data.decode import Frames, VideoError, open_entry
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.packets import Packet, find_decord_trap, presentation_times
 
@@ -74,27 +75,14 @@ def encode(entry: Entry, path: Path, settings: Settings) -> dict[str, Any]:
     import av
 
     with closing(open_entry(entry, "pyav")) as video:
-        rate = _rate(video.fps)
+        rate = container_rate(video.fps)
         frames = video.in_order(settings.short_side)
         if settings.max_seconds:
             frames = islice(frames, max(1, math.ceil(settings.max_seconds * rate)))
         encoder, options = ENCODERS[settings.codec]
         options = {**options, "g": str(settings.keyint), "keyint_min": str(settings.keyint)}
-        height = width = num_frames = 0
         try:
-            with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-                stream: Any = container.add_stream(encoder, rate=rate, options=options)
-                stream.thread_count = 1  # the processes are the parallelism; and threads may change the bytes
-                stream.pix_fmt = "yuv420p"
-                for frame_HWC in frames:
-                    if not num_frames:
-                        height, width, _ = frame_HWC.shape
-                        stream.height, stream.width = height, width
-                    frame = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")
-                    frame.pts, frame.time_base = num_frames, 1 / rate
-                    container.mux(stream.encode(frame))
-                    num_frames += 1
-                container.mux(stream.encode())
+            num_frames, height, width = write_frames(path, frames, rate, encoder, options)
             _require_sound(entry.path, path, num_frames, settings.keyint)
         except av.error.FFmpegError as error:
             if isinstance(error, OSError):
@@ -112,9 +100,35 @@ def encode(entry: Entry, path: Path, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _rate(fps: float | None) -> Fraction:
+def container_rate(fps: float | None) -> Fraction:
     """A rate that an mp4 file can hold: 30000/1001 and the like, or the default."""
     return Fraction(fps).limit_denominator(1001) if fps and 1 <= fps <= 1000 else DEFAULT_RATE
+
+
+def write_frames(
+    path: Path, frames: Iterable[Frames], rate: Fraction, encoder: str, options: Mapping[str, str]
+) -> tuple[int, int, int]:
+    """Write RGB frames (H, W, 3) of even height and width as an mp4 file; return how many, their height and width.
+
+    The same frames give the same bytes. Raises PyAV's FFmpegError.
+    """
+    import av
+
+    height = width = num_frames = 0
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream: Any = container.add_stream(encoder, rate=rate, options=dict(options))
+        stream.thread_count = 1  # the processes are the parallelism; and threads may change the bytes
+        stream.pix_fmt = "yuv420p"
+        for frame_HWC in frames:
+            if not num_frames:
+                height, width, _ = frame_HWC.shape
+                stream.height, stream.width = height, width
+            frame = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")
+            frame.pts, frame.time_base = num_frames, 1 / rate
+            container.mux(stream.encode(frame))
+            num_frames += 1
+        container.mux(stream.encode())
+    return num_frames, height, width
 
 
 def _require_sound(source: str, path: Path, num_frames: int, keyint: int) -> None:

@@ -120,7 +120,7 @@ def write_report(
     """
     figures: list[VideoFigure] = []
     clips, coverages, unreadable = [], [], []
-    names = _file_names([entry.path for entry in videos])
+    names = file_names([entry.path for entry in videos])
     if pictures is not None:
         Path(pictures).mkdir(parents=True, exist_ok=True)
     for entry in dict.fromkeys([*videos, *boxed_videos]):
@@ -217,7 +217,7 @@ def _video_figure(model: AdaMAE, name: str, clip: CenterClip, panels: Sequence[P
     return VideoFigure(name, caption, encode_png(_strip(model, clip, panels, REPORT_CELL)), encode_gif(panels))
 
 
-def _file_names(videos: Sequence[str]) -> dict[str, str]:
+def file_names(videos: Sequence[str]) -> dict[str, str]:
     """A file name without suffix for each video: its own, with a number where several videos share it."""
     names: dict[str, str] = {}
     for video in dict.fromkeys(videos):
