@@ -12,7 +12,17 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "adamae_fast").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
-BASE = {"config", "config_finetune", "device", "errors", "grid", "run_folder", "tensor_file", "version"}
+BASE = {
+    "config",
+    "config_distributed",
+    "config_finetune",
+    "device",
+    "errors",
+    "grid",
+    "run_folder",
+    "tensor_file",
+    "version",
+}
 """Modules that know nothing of any part."""
 
 ALLOWED = {
@@ -20,7 +30,8 @@ ALLOWED = {
     "masking": {"masking", "ops", "grid"},
     "model": {"model", "ops", "masking", *BASE},
     "data": {"data", *BASE},
-    "train": {"train", "ops", "masking", "model", "interop", "data", "report", *BASE},
+    "distributed": {"distributed", "model", *BASE},
+    "train": {"train", "distributed", "ops", "masking", "model", "interop", "data", "report", *BASE},
     "interop": {"interop", "model", *BASE},
     "report": {"ops", "report", "model", "masking", "data", *BASE},
     "testing": {"ops"},
