@@ -20,7 +20,7 @@ from rich.console import Console
 from adamae_fast.config import PretrainConfig, add_fields, add_run_arguments, build_config
 from adamae_fast.config_features import ExtractConfig
 from adamae_fast.config_finetune import EvaluateConfig, FinetuneConfig
-from adamae_fast.errors import RunStoppedError
+from adamae_fast.errors import RunStoppedError, ToldByFirstError
 from adamae_fast.version import __version__
 
 _ANY_CHECKPOINT = """A run or checkpoint of ours, of pre-training or a classifier (of a run of finetune its best one), a
@@ -284,6 +284,8 @@ def _run(name: str, arguments: list[str]) -> int:
             return _run_bench(arguments[0], arguments[1:])  # options that follow are the measurement's
         command.add_arguments(parser)
         return command.run(parser, parser.parse_args([_underscored(argument) for argument in arguments]))
+    except ToldByFirstError:
+        return 2
     except (ArgumentError, ValueError, OSError, RunStoppedError) as error:
         if os.environ.get("ADAMAE_DEBUG"):
             raise

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import yaml
 
+from adamae_fast.config_distributed import DistributedConfig, check_distributed
+from adamae_fast.errors import require as _require
+
 if TYPE_CHECKING:
     # Only the command line and recipes need it, so the model also runs where nothing but PyTorch is installed.
     from _typeshed import DataclassInstance
@@ -42,12 +45,6 @@ AttentionName = Literal[
 ]
 Recompute = Literal["none", "pointwise", "fc1", "block"]
 FusedBy = Literal["torch", "apex"]
-
-
-def _require(condition: bool, key: str, value: object, remedy: str) -> None:
-    """Raise the one kind of error a user of the configuration sees: the key, its value and what to do."""
-    if not condition:
-        raise ValueError(f"{key}={value!r}: {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -441,7 +438,11 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     """What is written while a run goes on."""
 
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """What the processes of a run that torchrun starts share."""
+
     def __post_init__(self) -> None:
+        check_distributed(self)
         _require(bool(self.output_dir), "output_dir", self.output_dir, "name a folder for the run")
         _require(self.seed >= 0, "seed", self.seed, "choose 0 or more")
         _require(

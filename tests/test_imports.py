@@ -14,6 +14,7 @@ KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 BASE = {
     "config",
+    "config_distributed",
     "config_features",
     "config_finetune",
     "device",
@@ -30,9 +31,10 @@ ALLOWED = {
     "masking": {"masking", "ops", "grid"},
     "model": {"model", "ops", "masking", *BASE},
     "data": {"data", *BASE},
-    "train": {"train", "ops", "masking", "model", "interop", "data", "report", *BASE},
+    "distributed": {"distributed", "model", *BASE},
+    "train": {"train", "distributed", "ops", "masking", "model", "interop", "data", "report", *BASE},
     "interop": {"interop", "model", *BASE},
-    "features": {"features", "train", "model", "interop", "data", "report", *BASE},
+    "features": {"features", "train", "distributed", "model", "interop", "data", "report", *BASE},
     "report": {"ops", "report", "model", "masking", "data", *BASE},
     "testing": {"ops"},
     **dict.fromkeys(BASE, BASE),

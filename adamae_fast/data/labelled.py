@@ -190,6 +190,8 @@ def labelled_batches(
     num_batches: int,
     device: torch.device | str = "cpu",
     known_crashers: Mapping[str, str] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Generator[LabelledBatch, None, None]:
     """Batches ``start_batch`` to ``num_batches - 1`` of labelled clips, as ``loader.clip_batches`` describes it.
 
@@ -205,9 +207,11 @@ def labelled_batches(
         num_batches: of the whole run.
         device: memory is pinned for a CUDA device.
         known_crashers: videos that are not opened.
+        rank: of this process.
+        world_size: number of processes, which share the stream.
     """
     clips = LabelledClips(entries, config, num_frames, frame_size, seed, known_crashers)
-    batches = stream_batches(clips, batch_size // config.repeat, start_batch, num_batches, device)
+    batches = stream_batches(clips, batch_size // config.repeat, start_batch, num_batches, device, rank, world_size)
 
     def with_labels() -> Generator[LabelledBatch, None, None]:
         with closing(batches):

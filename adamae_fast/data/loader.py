@@ -78,11 +78,14 @@ def clip_batches(
     num_batches: int,
     device: torch.device | str = "cpu",
     known_crashers: Mapping[str, str] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Generator[Batch, None, None]:
-    """Batches ``start_batch`` to ``num_batches - 1`` of the stream of clips, in this order.
+    """Batches ``start_batch`` to ``num_batches - 1`` of rank ``rank`` of the stream of clips, in this order.
 
-    Batch i holds positions ``i*v`` to ``(i+1)*v - 1`` of :class:`~adamae_fast.data.dataset.PretrainClips`, where v =
-    train.batch_size / data.repeat videos; it may reach over the end of an epoch, so that nothing is dropped or doubled.
+    Batch i of rank r among W is batch g = i·W + r of the stream: positions ``g*v`` to ``(g+1)*v - 1`` of
+    :class:`~adamae_fast.data.dataset.PretrainClips`, where v = train.batch_size / data.repeat videos. It may reach over
+    the end of an epoch, so that nothing is dropped or doubled.
     The bytes depend on the seed and i alone, not on data.num_workers. Memory is pinned for a CUDA ``device``. The
     global random generators are left alone. Closing the iterator ends its workers.
 
@@ -103,7 +106,8 @@ def clip_batches(
     clips = PretrainClips(
         entries, data, config.model.num_frames, config.model.frame_size, config.seed, known_crashers=known_crashers
     )
-    return stream_batches(clips, config.train.batch_size // data.repeat, start_batch, num_batches, device)
+    videos_per_batch = config.train.batch_size // data.repeat
+    return stream_batches(clips, videos_per_batch, start_batch, num_batches, device, rank, world_size)
 
 
 def stream_batches(
@@ -112,12 +116,15 @@ def stream_batches(
     start_batch: int,
     num_batches: int,
     device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Generator[Batch, None, None]:
     """:func:`clip_batches` for any stream of clips, by the decoder that its configuration names."""
     device = torch.device(device)
 
     def positions(i: int) -> range:
-        return range(i * videos_per_batch, (i + 1) * videos_per_batch)
+        first = (i * world_size + rank) * videos_per_batch
+        return range(first, first + videos_per_batch)
 
     if clips.config.decoder != "dali":
         return load_batches(clips, positions, start_batch, num_batches, device)
@@ -340,7 +347,7 @@ def _start(
     batch reports the death, after 5 seconds at most.
     """
     others = set(multiprocessing.active_children())
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
     handler = signal.getsignal(signal.SIGCHLD)
     # No worker may collect what its parent left: the end of a DALI pipeline waits for threads, which no fork has.
     gc.freeze()
@@ -381,11 +388,12 @@ def _init_worker(workers_table: Tensor, worker_id: int) -> None:
 def _guard_worker() -> None:
     """Let a worker outlive signals meant for the training process, and die with it.
 
-    Ctrl-C, a batch system or a container send SIGINT or SIGTERM to every process. The training process then saves,
-    which may need batches still under way; it ends its workers itself, also by SIGTERM. So SIGTERM counts from the
-    parent only. A parent that is killed cannot end anything: the worker checks that it is there.
+    Ctrl-C, a batch system or a container send SIGINT, SIGTERM or SIGUSR1 to every process. The training process then
+    saves, which may need batches still under way; it ends its workers itself, also by SIGTERM. So SIGTERM counts from
+    the parent only. A parent that is killed cannot end anything: the worker checks that it is there.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

@@ -45,15 +45,17 @@ class Quarantine:
         path: the file; it appears with the first bad video.
         num_videos: videos of the manifest, of which ``max_share`` may be bad.
         max_share: largest allowed share (data.max_bad_share).
+        writes: whether this process writes the file; of several that are told of the same videos, one does.
 
     Raises:
         ValueError: a line of the file is not what this class writes.
     """
 
-    def __init__(self, path: str | Path, num_videos: int, max_share: float) -> None:
+    def __init__(self, path: str | Path, num_videos: int, max_share: float, *, writes: bool = True) -> None:
         self._path = Path(path)
         self._num_videos = num_videos
         self._max_share = max_share
+        self._writes = writes
         self._videos = self._load()
 
     @property
@@ -79,8 +81,9 @@ class Quarantine:
             if known is None or (video.crashed and not known.crashed):
                 new.setdefault(video.path, video)
         if new:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(map(_to_line, new.values())))
+            if self._writes:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write("".join(map(_to_line, new.values())))
             self._videos.update(new)
         if seen and self.count > self._max_share * self._num_videos:
             raise TooManyBadVideosError(

@@ -50,6 +50,9 @@ class RunState:
     loss_scale: dict[str, Any]
     """State of the fp16 loss scaler; empty for fp32 and bf16."""
 
+    total_batch: int | None = None
+    """Clips of a step on all processes; None in what was written when there was always one process."""
+
 
 def save_checkpoint(
     run: RunFolder,
@@ -66,8 +69,7 @@ def save_checkpoint(
     """
     target = run.checkpoint(state.step)
     temporary = run.checkpoints / f"{_UNFINISHED}{target.name}"
-    for leftover in run.checkpoints.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(leftover)
+    remove_unfinished(run)
     temporary.mkdir(parents=True)
 
     weights = {name: p.detach().contiguous() for name, p in model.state_dict().items()}
@@ -90,6 +92,12 @@ def save_checkpoint(
             # Renamed first: half a checkpoint must not be listed as one.
             shutil.rmtree(old.rename(old.with_name(f"{_UNFINISHED}{old.name}")))
     return target
+
+
+def remove_unfinished(run: RunFolder) -> None:
+    """Remove what is left of checkpoints that were not written to their end."""
+    for leftover in run.checkpoints.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover)
 
 
 def load_checkpoint(

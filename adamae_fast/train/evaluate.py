@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +14,18 @@ from rich.console import Console
 from rich.progress import Progress
 
 from adamae_fast.config import ModelConfig, load_config, load_run_config
+from adamae_fast.config_distributed import DistributedConfig
 from adamae_fast.config_finetune import EvaluateConfig, FinetuneConfig, LabelledDataConfig, Merge
 from adamae_fast.data.labelled import read_labels
 from adamae_fast.data.manifest import Entry, read_manifest
 from adamae_fast.data.quarantine import BadVideo, TooManyBadVideosError
-from adamae_fast.device import describe_device, pick_device
+from adamae_fast.device import describe_device
+from adamae_fast.distributed.world import joined
 from adamae_fast.model.classifier import VideoClassifier
 from adamae_fast.report.confusion import class_table, confusion_matrix, describe_classes, draw_confusion
 from adamae_fast.run_folder import CONFIG_FILE, MODEL_FILE, RunFolder, find_weights
 from adamae_fast.tensor_file import read_tensors_file
-from adamae_fast.train.predict import TOP, Predictions, gather_predictions, predict_views, process_group
+from adamae_fast.train.predict import TOP, Predictions, gather_predictions, predict_views
 from adamae_fast.train.summary import print_facts
 
 log = logging.getLogger("adamae_fast")
@@ -60,19 +61,19 @@ def evaluate(checkpoint: str, options: EvaluateConfig, console: Console) -> dict
         raise ValueError("data.manifest is required: name an annotation file with labels")
     entries = read_manifest(manifest, config.data.root)
     labels, _ = read_labels(entries, manifest, model.num_classes)
-    with process_group() as (rank, world_size):
-        device = device_of(options.device, world_size)
+    with joined(options.device, "device", DistributedConfig().timeout) as (world, device):
         views = config.views
         facts = [
             ("checkpoint", str(folder)),
             ("videos", f"{manifest}, {len(entries)} videos"),
             ("views", f"{views.temporal} × {views.spatial} views, mean of their {options.merge}"),
-            ("device", f"{describe_device(device)}, {config.train.precision}, {world_size} processes"),
+            ("device", f"{describe_device(device)}, {config.train.precision}, {world.size} processes"),
         ]
-        if rank == 0:
+        if world.is_first:
             print_facts(facts, console)
-        with Progress(console=console, disable=rank > 0 or not console.is_terminal, transient=True) as progress:
-            task = progress.add_task("videos", total=len(range(rank, len(entries), world_size)))
+        is_hidden = not world.is_first or not console.is_terminal
+        with Progress(console=console, disable=is_hidden, transient=True) as progress:
+            task = progress.add_task("videos", total=len(range(world.rank, len(entries), world.size)))
             mine = predict_views(
                 model.to(device),
                 entries,
@@ -80,13 +81,13 @@ def evaluate(checkpoint: str, options: EvaluateConfig, console: Console) -> dict
                 views,
                 options.merge,
                 device=device,
-                rank=rank,
-                world_size=world_size,
+                rank=world.rank,
+                world_size=world.size,
                 advance=lambda num_videos: progress.advance(task, num_videos),
             )
         assert mine is not None  # nothing stops it
-        found = gather_predictions(mine, len(entries))
-    if rank == 0:
+        found = gather_predictions(mine, len(entries), world)
+    if world.is_first:
         output_dir = Path(options.output_dir or _default_output(folder))
         results = {
             "checkpoint": str(folder),
@@ -98,7 +99,7 @@ def evaluate(checkpoint: str, options: EvaluateConfig, console: Console) -> dict
         write_results(results, output_dir)
         print_results(results, output_dir, console)
     refuse_too_many(found.bad, len(entries), config.data.max_bad_share)
-    return results if rank == 0 else None
+    return results if world.is_first else None
 
 
 def describe_results(
@@ -150,14 +151,6 @@ def trained_with(folder: Path, model: ModelConfig) -> FinetuneConfig:
     data = load_config(recipe).data
     kept = {key: getattr(data, key) for key in ("decoder", "stride", "num_workers", "timeout", "max_bad_share")}
     return FinetuneConfig(model=model, data=LabelledDataConfig(**kept))
-
-
-def device_of(name: str, world_size: int) -> torch.device:
-    """The device that ``name`` means; of several processes on one machine, each has a GPU of its own."""
-    device = pick_device(name)
-    if device.type == "cuda" and device.index is None and world_size > 1:
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    return device
 
 
 def _default_output(folder: Path) -> Path:

@@ -16,9 +16,11 @@ from adamae_fast.config_finetune import FinetuneConfig
 from adamae_fast.data.augment import Augment
 from adamae_fast.data.labelled import LabelledBatch
 from adamae_fast.device import upload
+from adamae_fast.distributed.parallelize import whole_weights
+from adamae_fast.distributed.world import World
 from adamae_fast.model.classifier import VideoClassifier
 from adamae_fast.ops.patchify import IMAGENET_MEAN, IMAGENET_STD
-from adamae_fast.train.step import BaseStepper
+from adamae_fast.train.step import ALONE, BaseStepper
 
 FIGURES = ("loss",)
 """What a forward pass of fine-tuning reports; averaged over the micro-batches of a step."""
@@ -36,10 +38,10 @@ class FinetuneStepper(BaseStepper[VideoClassifier]):
     the weights and becomes d · average + (1 - d) · weights after each step.
     """
 
-    def __init__(self, config: FinetuneConfig, num_classes: int, device: torch.device) -> None:
+    def __init__(self, config: FinetuneConfig, num_classes: int, device: torch.device, world: World = ALONE) -> None:
         torch.manual_seed(config.seed)
         model = VideoClassifier(config.model, num_classes, drop_path=config.classifier.drop_path)
-        super().__init__(config, device, model, FIGURES)
+        super().__init__(config, device, model, FIGURES, world)
         self._augment = Augment(
             config.augment, num_classes, config.seed, pixel_mean=IMAGENET_MEAN, pixel_std=IMAGENET_STD
         )
@@ -58,7 +60,8 @@ class FinetuneStepper(BaseStepper[VideoClassifier]):
 
     def accumulate(self, video_BCTHW: Tensor, labels_B: Tensor) -> None:
         """Forward and backward of one micro-batch of uint8 clips; gradients add up over ``train.accumulate`` calls."""
-        number = self._step * self._config.train.accumulate + self._num_batches  # among all of the run
+        # Among all of the run, on all processes.
+        number = self._step * self._config.train.accumulate * self._world.size + self._place
         self._run_or_keep(*self._augment(self._upload_clips(video_BCTHW), upload(labels_B, self.device), number))
 
     def finish(self, step: int) -> None:
@@ -81,7 +84,7 @@ class FinetuneStepper(BaseStepper[VideoClassifier]):
         self.model.eval()
         try:
             # Other shapes than the training's: not worth another compilation.
-            with torch.compiler.set_stance("force_eager"):
+            with torch.compiler.set_stance("force_eager"), whole_weights(self.model):
                 yield self.model
         finally:
             self.model.train()
@@ -97,5 +100,5 @@ class FinetuneStepper(BaseStepper[VideoClassifier]):
 
     def _forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         video_BCTHW, targets_BK = inputs
-        loss = soft_cross_entropy(self.model(video_BCTHW), targets_BK)
+        loss = soft_cross_entropy(self._network(video_BCTHW), targets_BK)
         return loss, loss.detach()[None]

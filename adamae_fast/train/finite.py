@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from adamae_fast.distributed.world import World
 from adamae_fast.errors import RunStoppedError
 
 
@@ -26,20 +29,27 @@ class FiniteGuard:
 
     The optimizer gets :meth:`found_inf` (fused AdamW skips its update where it is 1), so parameters are never touched
     by a bad step although the host hears of it only at the next :meth:`check`.
+
+    With several processes, all of them observe the same values, so that all block the same step; what each has of its
+    own says whose fault it was.
     """
 
-    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+    def __init__(self, names: tuple[str, ...], device: torch.device, world: World | None = None) -> None:
         self._names = names
+        self._world = world or World()
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self._bad_values = torch.zeros(len(names), device=device)
         self._found_inf = torch.zeros((), device=device)
 
-    def observe(self, step: Tensor, values: Tensor) -> None:
-        """Look at one value per name, a float tensor on the device; ``step`` is an int64 scalar there."""
+    def observe(self, step: Tensor, values: Tensor, own: Tensor | None = None) -> None:
+        """Look at one value per name, a float tensor on the device; ``step`` is an int64 scalar there.
+
+        ``own`` are this process's values where ``values`` are means over all processes.
+        """
         is_first_bad = (self._bad_step < 0) & ~values.isfinite().all()
         # Written in place, which a recorded step does again at each replay.
         self._bad_step.copy_(torch.where(is_first_bad, step, self._bad_step))
-        self._bad_values.copy_(torch.where(is_first_bad, values, self._bad_values))
+        self._bad_values.copy_(torch.where(is_first_bad, values if own is None else own, self._bad_values))
         self._found_inf.copy_(self._bad_step >= 0)
 
     def found_inf(self) -> Tensor:
@@ -47,8 +57,18 @@ class FiniteGuard:
         return self._found_inf
 
     def check(self) -> None:
-        """Wait for the device and raise NonFiniteError that names the step and the values, if there was a bad one."""
+        """Wait for the device and raise NonFiniteError that names the step and the values, if there was a bad one.
+
+        It names the processes whose own values were not finite, too, and is raised on all of them.
+        """
         step = int(self._bad_step)
-        if step >= 0:
-            values = ", ".join(f"{n}={v:.6g}" for n, v in zip(self._names, self._bad_values.tolist(), strict=True))
-            raise non_finite(step, values)
+        if step < 0:
+            return
+        all_values = self._world.gather(self._bad_values.tolist())
+        guilty = {rank: values for rank, values in enumerate(all_values) if not all(map(math.isfinite, values))}
+        raise self._world.agreed(
+            non_finite(step, "; ".join(self._world.named(rank, self._describe(v)) for rank, v in guilty.items()))
+        )
+
+    def _describe(self, values: list[float]) -> str:
+        return ", ".join(f"{name}={value:.6g}" for name, value in zip(self._names, values, strict=True))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,40 @@ from adamae_fast.run_folder import RunFolder, read_json_lines
 T = TypeVar("T")
 
 
+class Stopwatch:
+    """Adds up the time of what runs within it; on a GPU, the time that its stream takes, measured by events in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was measured."""
+        self._start = self._seconds = 0.0
+        self._events: list[torch.cuda.Event] = []
+
+    def _stamp(self) -> None:
+        self._events.append(torch.cuda.Event(enable_timing=True))
+        self._events[-1].record()
+
+    def __enter__(self) -> None:
+        if self._on_gpu:
+            self._stamp()
+        self._start = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._seconds += time.perf_counter() - self._start
+        if self._on_gpu:
+            self._stamp()
+
+    def lap(self) -> float:
+        """Return the seconds and start at 0 again. To be called when the GPU has done all of it."""
+        pairs = zip(self._events[::2], self._events[1::2], strict=True)
+        seconds = sum(begin.elapsed_time(end) for begin, end in pairs) / 1000 if self._on_gpu else self._seconds
+        self.reset()
+        return seconds
+
+
 class IntervalClock:
     """Measures the interval since the last report: how fast it went, and which share of it was waiting for data.
 
@@ -29,28 +64,18 @@ class IntervalClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._waiting = Stopwatch(device)
         self.restart()
 
     def restart(self) -> None:
         """Begin the next interval; what came since the last one counts for neither."""
         self._start = time.perf_counter()
-        self._waited = 0.0
-        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._waiting.reset()
 
     def wait_for(self, produce: Callable[[], T]) -> T:
         """Call ``produce`` and count its time as waiting. Waits for no device."""
-        if self._on_gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            result = produce()
-            end.record()
-            self._gaps.append((begin, end))
-            return result
-        before = time.perf_counter()
-        result = produce()
-        self._waited += time.perf_counter() - before
-        return result
+        with self._waiting:
+            return produce()
 
     def lap(self, steps: int, clips_per_step: int) -> dict[str, float]:
         """Return the rates of an interval of ``steps`` steps, and begin the next one.
@@ -58,7 +83,7 @@ class IntervalClock:
         To be called when the GPU has done all of them.
         """
         seconds = max(time.perf_counter() - self._start, 1e-9)
-        waited = self._waited + sum(begin.elapsed_time(end) for begin, end in self._gaps) / 1000
+        waited = self._waiting.lap()
         rates = {
             "clips_per_second": steps * clips_per_step / seconds,
             "seconds_per_step": seconds / steps,
@@ -66,6 +91,37 @@ class IntervalClock:
         }
         self.restart()
         return rates
+
+
+SLOW_SHARE = 0.1
+"""A process is told to be slow where the others wait for it for a larger share of the time."""
+
+_MERGED: dict[str, Callable[[Sequence[float]], float]] = {
+    "data_wait_share": max,  # while one waits, so do all
+    "batches_ready": min,
+    "memory_bytes": max,
+}
+"""How a figure of several processes becomes one; the others are averaged."""
+
+
+def over_processes(laps: Sequence[Mapping[str, float]], steps: int) -> dict[str, float]:
+    """Return the figures of an interval of ``steps`` steps from those of each process, in the order of their ranks.
+
+    ``forward_seconds`` is not among them: with the wait for data, it is the time that a process takes before its
+    gradients meet those of others. Of several processes, slowest_rank takes longest, and slowest_rank_share is the
+    share of the interval by which that is longer than the median (with an even number, the smaller of the two in the
+    middle).
+    """
+    names = {name: None for lap in laps for name in lap if name != "forward_seconds"}  # in their order
+    merged = {}
+    for name in names:
+        values = [lap[name] for lap in laps if name in lap]
+        merged[name] = values[0] if len(values) == 1 else _MERGED.get(name, statistics.fmean)(values)
+    if len(laps) > 1:
+        own = [lap["data_wait_share"] * lap["seconds_per_step"] + lap["forward_seconds"] / steps for lap in laps]
+        merged["slowest_rank"] = own.index(max(own))
+        merged["slowest_rank_share"] = (max(own) - statistics.median_low(own)) / merged["seconds_per_step"]
+    return merged
 
 
 class MetricsLog:
@@ -164,6 +220,8 @@ class ProgressLine:
             figures += f" · decode {metrics['decode_seconds'] * 1000:.0f} ms/clip"
         if "dali_share" in metrics:
             figures += f" · DALI {metrics['dali_share']:.0%}"
+        if metrics.get("slowest_rank_share", 0.0) > SLOW_SHARE:
+            figures += f" · waits for rank {metrics['slowest_rank']:.0f} {metrics['slowest_rank_share']:.0%}"
         self._bar.update(self._task, figures=figures)
         now = time.monotonic()
         is_last = metrics["step"] == self._total_steps

@@ -5,14 +5,12 @@ Shapes: B clips, S views of a video, V videos, K classes, X any further dimensio
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from adamae_fast.config_finetune import FinetuneConfig, Merge, ViewsConfig
@@ -20,6 +18,7 @@ from adamae_fast.data.labelled import view_batches
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo
 from adamae_fast.device import Uploader, arithmetic
+from adamae_fast.distributed.world import World
 from adamae_fast.errors import RunStoppedError
 from adamae_fast.model.classifier import VideoClassifier
 
@@ -197,26 +196,6 @@ def join_predictions(parts: Sequence[Predictions], num_videos: int) -> Predictio
     return joined
 
 
-def gather_predictions(mine: Predictions, num_videos: int) -> Predictions:
-    """:func:`join_predictions` of all processes, on each of them; of this one alone where there is no process group."""
-    if not dist.is_initialized():
-        return join_predictions([mine], num_videos)
-    parts: list[Predictions | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return join_predictions([part for part in parts if part is not None], num_videos)
-
-
-@contextmanager
-def process_group() -> Iterator[tuple[int, int]]:
-    """Rank and number of the processes that torchrun started, joined for the time of the context; (0, 1) without it.
-
-    They exchange Python objects alone, over gloo, whatever the device.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0, 1
-        return
-    dist.init_process_group("gloo")
-    try:
-        yield dist.get_rank(), dist.get_world_size()
-    finally:
-        dist.destroy_process_group()
+def gather_predictions(mine: Predictions, num_videos: int, world: World) -> Predictions:
+    """:func:`join_predictions` of all processes, on each of them."""
+    return join_predictions(world.gather(mine), num_videos)

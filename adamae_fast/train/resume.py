@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from adamae_fast.config import RunConfig, load_run_config
-from adamae_fast.run_folder import RunFolder
+from adamae_fast.distributed.world import World
+from adamae_fast.run_folder import CONFIG_FILE, RunFolder
 from adamae_fast.train import checkpoint
 from adamae_fast.train.metrics import keep_metrics_until
 from adamae_fast.train.schedule import Schedule
@@ -74,28 +75,53 @@ def resume_run(
     num_videos: int,
     keys: KeyKinds,
     begin: Callable[[], None],
+    world: World,
 ) -> int:
     """Restore what ``resume`` asks for, or call ``begin`` for a fresh run; return the number of steps done.
 
     Raises ValueError for a checkpoint that cannot be used, or that another model or experiment wrote.
     """
+    folder = world.on_first(lambda: _find(config, run, schedule, keys))
+    if folder is None:
+        begin()
+        return 0
+    state = checkpoint.load_checkpoint(folder, stepper.model, stepper.optimizer, stepper.averaged)
+    if state.loss_scale:
+        stepper.scaler.load_state_dict(state.loss_scale)
+    world.on_first(lambda: _tell_and_tidy(config, run, folder, state, num_videos, keys))
+    return state.step
+
+
+def _find(config: RunConfig, run: RunFolder, schedule: Schedule, keys: KeyKinds) -> Path | None:
+    """The checkpoint to go on from, if any; the first process looks for all."""
     folder = checkpoint.find_resume_point(config.resume, run)
     if folder is None:
         _refuse_lost_origin(config, run)
-        begin()
-        return 0
-    checkpoint.verify_checkpoint(folder)
+        return None
+    state = checkpoint.verify_checkpoint(folder)
     changed = checkpoint.differences(folder, config)
     _refuse_other_run(run, folder, changed, keys)
-    state = checkpoint.load_checkpoint(folder, stepper.model, stepper.optimizer, stepper.averaged)
+    then = load_run_config(folder / CONFIG_FILE, type(config)).train
+    total_batch = state.total_batch or then.batch_size * then.accumulate
+    if total_batch != schedule.total_batch and checkpoint.is_checkpoint_of(run, folder):
+        raise ValueError(
+            f"train.batch_size={config.train.batch_size!r} × train.accumulate={config.train.accumulate} × processes = "
+            f"{schedule.total_batch} clips a step, but {folder} was trained with {total_batch}; choose a product of "
+            f"{total_batch}, or another output_dir, with --resume {folder} if it is to go on from there"
+        )
     if state.step > schedule.total_steps:
         raise ValueError(
             f"{folder} stands at step {state.step}, but this run ends at step {schedule.total_steps}; raise "
             "train.steps or train.epochs, or choose another output_dir"
         )
-    if state.loss_scale:
-        stepper.scaler.load_state_dict(state.loss_scale)
-    for key, (then, now) in changed.items():
+    return folder
+
+
+def _tell_and_tidy(
+    config: RunConfig, run: RunFolder, folder: Path, state: checkpoint.RunState, num_videos: int, keys: KeyKinds
+) -> None:
+    """Say what has changed since the checkpoint, and put away what came after it."""
+    for key, (then, now) in checkpoint.differences(folder, config).items():
         if keys.kind_of(key) is not keys.harmless:
             log.warning("%s was %r in %s and is %r now", key, then, folder, now)
     if state.num_videos != num_videos:
@@ -105,4 +131,3 @@ def resume_run(
     keep_metrics_until(run.metrics, state.step)
     keep_metrics_until(run.validation, state.step)
     log.info("continuing from %s", folder)
-    return state.step

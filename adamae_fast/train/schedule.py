@@ -16,7 +16,7 @@ class Schedule:
     """Length and learning rates of one run, derived from the configuration and the number of videos."""
 
     total_batch: int
-    """Clips per optimizer step: batch size × accumulation, repeated crops counted."""
+    """Clips per optimizer step: batch size × accumulation × processes, repeated crops counted."""
 
     steps_per_epoch: float
     total_steps: int
@@ -25,10 +25,10 @@ class Schedule:
     min_lr: float
 
     @classmethod
-    def from_config(cls, config: RunConfig, num_videos: int) -> Schedule:
+    def from_config(cls, config: RunConfig, num_videos: int, num_processes: int = 1) -> Schedule:
         """Derive the run's length. Warm-up keeps its share of the run when train.steps replaces train.epochs."""
         train, optim = config.train, config.optim
-        total_batch = train.batch_size * train.accumulate
+        total_batch = train.batch_size * train.accumulate * num_processes
         steps_per_epoch = num_videos * config.data.repeat / total_batch
         total_steps = train.steps or math.ceil(train.epochs * steps_per_epoch)
         lr_scale = total_batch / REFERENCE_BATCH
@@ -62,7 +62,10 @@ class Schedule:
         epochs = self.total_steps / self.steps_per_epoch
         return [
             ("steps", f"{self.total_steps} = {epochs:.4g} epochs of {self.steps_per_epoch:.4g} steps"),
-            ("batch", f"{self.total_batch} clips a step (batch size × accumulation, repeated crops counted)"),
+            (
+                "batch",
+                f"{self.total_batch} clips a step (batch size × accumulation × processes, repeated crops counted)",
+            ),
             (
                 "learning rate",
                 f"{self.peak_lr:.3g} at the peak (base × {self.total_batch}/{REFERENCE_BATCH}) "

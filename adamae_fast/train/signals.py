@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two steps, so that it can save."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end a run between two steps, so that it can save."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""SIGUSR1 is what schedulers are told to send some time before they end a job."""
+
 
 @contextmanager
-def stop_signals() -> Iterator[list[str]]:
-    """Yield a list that receives the name of the first SIGTERM or SIGINT; a second one ends the process as usual.
+def stop_signals(*, patient: bool = False) -> Iterator[list[str]]:
+    """Yield a list that receives the name of the first signal of WATCHED; a second one ends the process as usual.
 
-    Only the main thread may watch signals; elsewhere the list stays empty.
+    A ``patient`` process takes no notice of further ones: torchrun passes on a signal that the scheduler has sent to
+    every process already, and ends by SIGKILL what does not end in time. Only the main thread may watch signals;
+    elsewhere the list stays empty.
     """
     received: list[str] = []
-    watched = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    watched = WATCHED if threading.current_thread() is threading.main_thread() else ()
     # What the parent process chose to ignore, as nohup does, stays ignored.
     previous = {n: h for n in watched if (h := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
 
@@ -24,8 +29,10 @@ def stop_signals() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
     def remember(number: int, frame: object) -> None:
-        received.append(signal.Signals(number).name)
-        restore()
+        if not received:
+            received.append(signal.Signals(number).name)
+        if not patient:
+            restore()
 
     for number in previous:
         signal.signal(number, remember)

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from adamae_fast.config import PretrainConfig, RunConfig
+from adamae_fast.config_distributed import check_world
 from adamae_fast.data.loader import Batch
 from adamae_fast.device import Uploader, arithmetic, product_dtype, upload
+from adamae_fast.distributed.parallelize import only_last_syncs, parallelize
+from adamae_fast.distributed.world import World
 from adamae_fast.model.adamae import AdaMAE, AdaMAEOutput
 from adamae_fast.model.classifier import VideoClassifier
 from adamae_fast.ops.sample_visible import NonFiniteLogitsError
 from adamae_fast.train.apex import use_apex_layer_norm
 from adamae_fast.train.compile import compile_blocks
 from adamae_fast.train.finite import FiniteGuard, NonFiniteError, non_finite
+from adamae_fast.train.metrics import Stopwatch
 from adamae_fast.train.optim import build_optimizer, set_learning_rate
 from adamae_fast.train.step_graph import StepGraph
 
 FIGURES = ("loss", "loss_reconstruction", "loss_sampling", "probability_entropy", "probability_max")
 """What a forward pass of pre-training reports, in this order; averaged over the micro-batches of a step."""
+
+ALONE = World()
 
 ModelT = TypeVar("ModelT", AdaMAE, VideoClassifier)
 
@@ -30,8 +38,9 @@ ModelT = TypeVar("ModelT", AdaMAE, VideoClassifier)
 class BaseStepper(ABC, Generic[ModelT]):
     """A model with its optimizer and loss scaler; a class below says what is computed of a micro-batch.
 
-    Every random number of a step (masks, dropout, augmentation) follows from (seed, step): a resumed run needs no other
-    state.
+    Every random number of a step (masks, dropout, augmentation) follows from the seed, the step and the place of its
+    micro-batch or clip in it: a resumed run needs no other state, and micro-batches give the same, whether one process
+    takes them one after another or several at a time.
 
     What a step reads and writes stays at its place in memory, so that with ``train.cuda_graph`` the same step can be
     recorded: then :meth:`_run_or_keep` brings a micro-batch, and :meth:`finish` runs forward, backward and update at
@@ -41,13 +50,18 @@ class BaseStepper(ABC, Generic[ModelT]):
         config: of the run.
         device: where it computes.
         model: freshly built; it is moved to the device.
-        figures: names of what a forward pass reports, "loss" first.
+        figures: names of what a forward pass reports, "loss" first; averaged over the processes, too.
+        world: the processes that share each step.
 
     Raises ValueError where the device or the installed packages cannot do what the configuration asks for.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, model: ModelT, figures: tuple[str, ...]) -> None:
+    def __init__(
+        self, config: RunConfig, device: torch.device, model: ModelT, figures: tuple[str, ...], world: World
+    ) -> None:
+        check_world(config, world.size)
         self._config = config
+        self._world = world
         self.device = device
         self._upload_clips = Uploader(device)
         self.model: ModelT = model.to(device).train()
@@ -58,9 +72,13 @@ class BaseStepper(ABC, Generic[ModelT]):
             use_apex_layer_norm(self.model)
         if config.train.compile:
             compile_blocks(self.model)
+        # After it, not before: what is shared among processes is a model that recomputes and is compiled.
+        self._network = parallelize(self.model, config.distributed, world, device, config.train.precision)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-        self.guard = FiniteGuard((*figures, "grad_norm"), device)
+        self.guard = FiniteGuard((*figures, "grad_norm"), device, world)
+        self.forward_time = Stopwatch(device)
+        """What this process takes for its share before it waits for the others'; measured where there are others."""
         self._figure_names = figures
         self._parameters: list[nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
         self._figures = torch.zeros(len(figures), device=device)
@@ -87,11 +105,15 @@ class BaseStepper(ABC, Generic[ModelT]):
         """The loss of a micro-batch, and its figures, which are constants."""
 
     def begin(self, step: int, learning_rate: float) -> None:
-        """Prepare for step ``step``: its learning rate and its own stream of random numbers."""
+        """Prepare for step ``step``, and set its learning rate."""
         set_learning_rate(self.optimizer, learning_rate)
-        torch.manual_seed(step_seed(self._config.seed, step))
         self._step, self._num_batches = step, 0
         self._figures.zero_()
+
+    @property
+    def _place(self) -> int:
+        """Number of the next micro-batch among those of the step on all processes."""
+        return self._num_batches * self._world.size + self._world.rank
 
     def finish(self, step: int) -> None:
         """Clip, check, update. From the first non-finite value on, the parameters are left as they are."""
@@ -102,7 +124,8 @@ class BaseStepper(ABC, Generic[ModelT]):
             self.graph()
 
     def _run_or_keep(self, *inputs: Tensor) -> None:
-        """Forward and backward of a micro-batch, now or when the recorded step runs."""
+        """Forward and backward of a micro-batch, now or when the recorded step runs, with random numbers of its own."""
+        torch.manual_seed(micro_batch_seed(self._config.seed, self._step, self._place))
         self._num_batches += 1
         if self.graph is None:
             self._forward_backward(*inputs)
@@ -117,23 +140,27 @@ class BaseStepper(ABC, Generic[ModelT]):
 
     def _forward_backward(self, *inputs: Tensor) -> None:
         share = 1 / self._config.train.accumulate
-        with arithmetic(self.device, self._config.train.precision):
-            loss, figures = self._forward(*inputs)
-        self.scaler.scale(loss * share).backward()
+        with only_last_syncs(self._network, self._num_batches == self._config.train.accumulate):
+            timed = self.forward_time if self._world.size > 1 else nullcontext()
+            with timed, arithmetic(self.device, self._config.train.precision):
+                loss, figures = self._forward(*inputs)
+            self.scaler.scale(loss * share).backward()
         self._figures.add_(share * figures)
 
     def _update(self) -> None:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
+        own_figures = self._figures.clone()
+        self._world.average(self._figures)
         if self.scaler.is_enabled():
             # Infinite gradients are fp16's normal way to find its scale, and the scaler skips such a step by itself.
             # A loss that is not finite is a fault: a poisoned gradient makes the scaler skip this and all later steps.
             no_norm = torch.zeros_like(self._grad_norm)
-            self.guard.observe(self._step_on_device, torch.cat((self._figures, no_norm[None])))
+            self._observe(own_figures, no_norm)
             smallest = min(gradients, key=Tensor.numel)
             smallest.add_(torch.where(self.guard.found_inf() > 0, float("inf"), 0.0).to(smallest.dtype))
             self.scaler.unscale_(self.optimizer)
         self._last_figures.copy_(self._figures)
-        self._grad_norm.copy_(torch.nn.utils.get_total_norm(gradients))
+        self._grad_norm.copy_(whole(torch.nn.utils.get_total_norm(gradients)))
         limit = self._config.optim.clip_grad_norm
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, self._grad_norm)
@@ -141,19 +168,24 @@ class BaseStepper(ABC, Generic[ModelT]):
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self.guard.observe(self._step_on_device, torch.cat((self._figures, self._grad_norm[None])))
+            self._observe(own_figures, self._grad_norm)
             self.optimizer.found_inf = self.guard.found_inf()  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _observe(self, own_figures: Tensor, norm: Tensor) -> None:
+        values, own = (torch.cat((figures, norm[None])) for figures in (self._figures, own_figures))
+        self.guard.observe(self._step_on_device, values, own)
 
     def check(self) -> None:
         """Wait for the device; raise NonFiniteError if a step so far was bad, or if fp16 finds no scale that works."""
         self.guard.check()
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
-            raise NonFiniteError(
+            error = NonFiniteError(
                 f"train.precision='fp16': gradients overflow even at a loss scale of {self.scaler.get_scale():g}: "
                 "no step updates the parameters; use bf16, lower optim.base_lr or set optim.clip_grad_norm"
             )
+            raise self._world.agreed(error)
 
     def read_figures(self) -> dict[str, float]:
         """Wait for the device; return the last step's figures. Raises as :meth:`check` does."""
@@ -168,20 +200,14 @@ class BaseStepper(ABC, Generic[ModelT]):
 class Stepper(BaseStepper[AdaMAE]):
     """The step of pre-training."""
 
-    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+    def __init__(self, config: PretrainConfig, device: torch.device, world: World = ALONE) -> None:
         torch.manual_seed(config.seed)
-        super().__init__(config, device, AdaMAE(config.model, config.mask, config.loss), FIGURES)
-        self._num_clips = 0
+        super().__init__(config, device, AdaMAE(config.model, config.mask, config.loss), FIGURES, world)
         if self.graph is not None:
             shape_B = (config.train.batch_size,)
             shape_BCTHW = (*shape_B, *self.model.grid.video_shape)
             self._video_BCTHW = torch.zeros(shape_BCTHW, dtype=torch.uint8, device=device)
             self._seeds_B = torch.zeros(shape_B, dtype=torch.int64, device=device)
-
-    def begin(self, step: int, learning_rate: float) -> None:
-        """Prepare for step ``step``: its learning rate, its own stream of random numbers, and its clips' seeds."""
-        super().begin(step, learning_rate)
-        self._num_clips = 0
 
     def take(self, batch: Batch) -> None:
         """:meth:`accumulate` of a batch of the loader."""
@@ -189,8 +215,8 @@ class Stepper(BaseStepper[AdaMAE]):
 
     def accumulate(self, video_BCTHW: Tensor) -> None:
         """Forward and backward of one micro-batch of uint8 clips; gradients add up over ``train.accumulate`` calls."""
-        seeds_B = mask_seeds(self._config.seed, self._step, self._num_clips, video_BCTHW.shape[0])
-        self._num_clips += video_BCTHW.shape[0]
+        num_clips = video_BCTHW.shape[0]
+        seeds_B = mask_seeds(self._config.seed, self._step, self._place * num_clips, num_clips)
         self._run_or_keep(self._upload_clips(video_BCTHW), upload(seeds_B, self.device))
 
     def _kept(self) -> tuple[Tensor, ...]:
@@ -199,15 +225,23 @@ class Stepper(BaseStepper[AdaMAE]):
     def _forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         video_BCTHW, seeds_B = inputs
         try:
-            output = self.model(video_BCTHW, seeds=seeds_B)
+            output = self._network(video_BCTHW, seeds=seeds_B)
         except NonFiniteLogitsError as error:
-            raise non_finite(self._step, str(error)) from error
+            raise non_finite(self._step, self._world.named(self._world.rank, error)) from error
         return output.loss, describe_output(output)
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Return a 32-bit seed of one step, all that torch's CPU generator takes in; a hash, so that every bit counts."""
-    return int(np.random.SeedSequence(seed, spawn_key=(step,)).generate_state(1)[0])
+def micro_batch_seed(seed: int, step: int, place: int) -> int:
+    """Return a 32-bit seed of one micro-batch of a step, all that torch's CPU generator takes in.
+
+    A hash, so that every bit counts.
+    """
+    return int(np.random.SeedSequence(seed, spawn_key=(step, 1 + place)).generate_state(1)[0])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return ``tensor``, put together where each process has a share of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def mask_seeds(seed: int, step: int, first_clip: int, num_clips: int) -> Tensor:

@@ -12,7 +12,7 @@ from adamae_fast.config import (
     TrainConfig,
 )
 from adamae_fast.train.finite import NonFiniteError
-from adamae_fast.train.step import FIGURES, Stepper, step_seed
+from adamae_fast.train.step import FIGURES, Stepper, micro_batch_seed
 
 SIZES = {"size": "nano", "num_frames": 4, "frame_size": 32, "tubelet_size": 2, "patch_size": 16}  # 8 tokens
 
@@ -104,9 +104,9 @@ def test_masks_depend_on_seed_and_step_only(seed):
     assert not torch.equal(first, masks_of_step(4, seed))
 
 
-def test_every_bit_of_seed_and_step_counts():
-    pairs = [(0, 0), (0, 1), (1, 0), (2**32, 0), (2**40, 0), (0, 2**33), (20260101, 7)]
-    assert len({step_seed(*pair) for pair in pairs}) == len(pairs)
+def test_every_bit_of_seed_step_and_place_counts():
+    triples = [(0, 0, 0), (0, 1, 0), (1, 0, 0), (2**32, 0, 0), (2**40, 0, 0), (0, 2**33, 0), (0, 0, 1), (0, 1, 1)]
+    assert len({micro_batch_seed(*triple) for triple in triples}) == len(triples)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,0 +1,155 @@
+"""The processes of one run, and the few words that they exchange on the host.
+
+Gradients travel by PyTorch's own engines (:mod:`adamae_fast.distributed.parallelize`). Here is what keeps the loops of
+all processes in step: a word of each before a micro-batch, figures, and work that the first process does for all. With
+one process each of these is a plain call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from adamae_fast.device import pick_device
+from adamae_fast.errors import RunStoppedError, ToldByFirstError, require
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among those of its run. What is called on one of them is called on all, in the same order."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def average(self, tensor: Tensor) -> None:
+        """Replace ``tensor`` by its mean over the processes, on its device; the host does not wait for a GPU."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor.div_(self.size)
+
+    def gather(self, mine: T) -> list[T]:
+        """Return what each process gives, in the order of their ranks."""
+        if self.size == 1:
+            return [mine]
+        parts: list[T | None] = [None] * self.size
+        dist.all_gather_object(parts, mine)
+        return cast(list[T], parts)
+
+    def news(self, mine: T | None = None) -> dict[int, T]:
+        """Return what processes have to tell, by their rank: a few bytes travel where none of them has anything."""
+        if self.size > 1:
+            anything = torch.tensor(mine is not None, dtype=torch.int32)
+            dist.all_reduce(anything, op=dist.ReduceOp.MAX)
+            if not anything:
+                return {}
+        return {rank: word for rank, word in enumerate(self.gather(mine)) if word is not None}
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Let the first process do ``work`` and return the result on all; where it fails, all raise an error."""
+        outcome: list[tuple[bool, T | None]] = [(False, None)]
+        error: Exception | None = None
+        if self.is_first:
+            try:
+                outcome = [(False, work())]
+            except Exception as caught:
+                error, outcome = caught, [(True, None)]
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if error is not None:
+            raise error
+        failed, result = outcome[0]
+        if failed:
+            raise ToldByFirstError("the first process says why")
+        return cast(T, result)
+
+    @contextmanager
+    def held_by_first(self, held: AbstractContextManager[None]) -> Iterator[None]:
+        """Enter and leave ``held`` on the first process alone; where it cannot be entered, all raise an error."""
+        with ExitStack() as stack:
+            self.on_first(lambda: stack.enter_context(held))
+            yield
+
+    def agreed(self, error: Exception) -> Exception:
+        """Return what each process should raise for an ``error`` that all of them have come to.
+
+        The first one tells it. The others wait until it has got here, since torchrun ends all as soon as one has ended.
+        """
+        self.news()
+        return error if self.is_first else ToldByFirstError(str(error))
+
+    def named(self, rank: int, text: object) -> str:
+        """``text`` with the rank in front, where there are several."""
+        return f"rank {rank}: {text}" if self.size > 1 else str(text)
+
+
+@contextmanager
+def joined(device: str, key: str, timeout: float) -> Iterator[tuple[World, torch.device]]:
+    """Join the processes that torchrun started, and say where this one computes; without torchrun it is the only one.
+
+    Words travel over gloo, tensors of a CUDA device over NCCL. A process that waits for another one for longer than
+    ``timeout`` seconds gives up.
+
+    Args:
+        device: what the configuration names.
+        key: its name there, for messages.
+        timeout: in seconds.
+
+    Raises:
+        ValueError: a device that is not there, or the same one for several processes.
+        RunStoppedError: another process ended, or could not be reached.
+    """
+    world = World(rank=int(os.environ.get("RANK", "0")), size=int(os.environ.get("WORLD_SIZE", "1")))
+    own = _own_device(device, key) if world.size > 1 else pick_device(device, key)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    if world.size == 1:
+        yield World(), own
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+    try:
+        yield world, own
+    except RuntimeError as error:
+        if not _is_loss_of_contact(error):
+            raise
+        raise RunStoppedError(
+            f"rank {world.rank}: another process of this run has ended, or could not be reached for {timeout:g} s "
+            "(distributed.timeout). Nothing of the step under way counts; torchrun --max-restarts, or the same command "
+            f"again, goes on from the last checkpoint ({str(error).splitlines()[0]})"
+        ) from error
+    dist.destroy_process_group()
+
+
+def _own_device(name: str, key: str) -> torch.device:
+    """Each process of a machine has a GPU of its own, by its local rank."""
+    device, local_rank = pick_device(name, key), int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cpu":
+        return device
+    is_alone = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1
+    require(device.index is None or is_alone, key, name, "several processes would share it; choose auto or cuda")
+    num_devices = torch.cuda.device_count()
+    require(
+        device.index is not None or local_rank < num_devices,
+        key,
+        name,
+        f"there is no GPU for local rank {local_rank}; start torchrun with --nproc-per-node {num_devices} or fewer",
+    )
+    return device if device.index is not None else torch.device("cuda", local_rank)
+
+
+def _is_loss_of_contact(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
