@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from adamae_fast.config import PretrainConfig, add_fields, add_run_arguments, build_config
-from adamae_fast.config_features import ExtractConfig
+from adamae_fast.config_features import ExtractConfig, ProbeConfig
 from adamae_fast.config_finetune import EvaluateConfig, FinetuneConfig
 from adamae_fast.errors import RunStoppedError, ToldByFirstError
 from adamae_fast.version import __version__
@@ -69,7 +69,7 @@ def _finetune(parser: ArgumentParser, arguments: Namespace) -> int:
 
 def _status_of(summary: Mapping[str, object]) -> int:
     """A job that its scheduler stops has ended well; a chain of commands that a person interrupts should not go on."""
-    return 130 if summary["stopped_by"] == "SIGINT" else 0
+    return 130 if summary.get("stopped_by") == "SIGINT" else 0
 
 
 def _evaluate_arguments(parser: ArgumentParser) -> None:
@@ -96,6 +96,18 @@ def _extract(parser: ArgumentParser, arguments: Namespace) -> int:
 
     summary = extract(arguments.checkpoint, build_config(parser, arguments, ExtractConfig), Console())
     return 0 if summary is None else _status_of(summary)
+
+
+def _probe_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=str, help=_ANY_CHECKPOINT)
+    add_run_arguments(parser, ProbeConfig)
+
+
+def _probe(parser: ArgumentParser, arguments: Namespace) -> int:
+    from adamae_fast.features.probe import probe
+
+    results = probe(arguments.checkpoint, build_config(parser, arguments, ProbeConfig), Console())
+    return 0 if results is None else _status_of(results)
 
 
 def _synth_arguments(parser: ArgumentParser) -> None:
@@ -250,6 +262,7 @@ COMMANDS = {
     "finetune": Command("Train a classifier, from an encoder or from scratch.", _finetune_arguments, _finetune),
     "evaluate": Command("Test a classifier with several views of each video.", _evaluate_arguments, _evaluate),
     "extract": Command("Write frozen features of a manifest's videos.", _extract_arguments, _extract),
+    "probe": Command("Classify by frozen features: linear, attentive, kNN.", _probe_arguments, _probe),
     "visualize": Command("Draw what a checkpoint sees, masks and predicts.", _visualize_arguments, _visualize),
     "saliency": Command("Lay the sampler's probability map over whole videos.", _saliency_arguments, _saliency),
     "convert": Command("Convert from and to published AdaMAE, VideoMAE, transformers.", _convert_arguments, _convert),

@@ -526,7 +526,7 @@ RunConfigT = TypeVar("RunConfigT", bound=RunConfig)
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
-def add_run_arguments(parser: ArgumentParser, kind: type[RunConfig]) -> None:
+def add_run_arguments(parser: ArgumentParser, kind: type[DataclassInstance]) -> None:
     """Give a jsonargparse parser ``--config FILE`` and one option for each field of ``kind``."""
     parser.add_argument("--config", action="config", help="A YAML recipe; options that follow override it.")
     add_fields(parser, kind)

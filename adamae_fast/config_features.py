@@ -104,7 +104,7 @@ class HeadConfig:
 
     lrs: tuple[float, ...] | None = None
     """Learning rates, each of a head of its own; all heads see the same batches, and the best one on val.manifest is
-    reported beside the others. If null 0.01, 0.03, 0.1, 0.3, 1 for linear (SGD), 1e-4, 3e-4, 1e-3 for attentive
+    reported beside the others. If null 0.01, 0.03, 0.1, 0.3, 1 for linear (SGD), 1e-4, 3e-4, 1e-3, 3e-3 for attentive
     (AdamW)."""
 
     def __post_init__(self) -> None:

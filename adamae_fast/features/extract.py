@@ -11,9 +11,9 @@ import logging
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -85,6 +85,11 @@ class Source:
     weights_sha256: str
     config: FinetuneConfig
     entries: Sequence[Entry]
+
+    def with_manifest(self, manifest: str, root: str | None) -> Self:
+        """The same with the videos of another manifest. Raises ManifestError."""
+        data = replace(self.config.data, manifest=manifest, root=root)
+        return replace(self, entries=read_manifest(manifest, root), config=replace(self.config, data=data))
 
     def describe(self, world_size: int) -> list[tuple[str, str]]:
         """What the user is told first."""
