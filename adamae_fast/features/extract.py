@@ -10,29 +10,30 @@ import json
 import logging
 import shlex
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from adamae_fast.config_distributed import DistributedConfig
 from adamae_fast.config_features import DEFAULT_DTYPES, ExtractConfig, FeatureConfig, Tokens
 from adamae_fast.config_finetune import FinetuneConfig
 from adamae_fast.data.manifest import Entry, digest_entries, read_manifest
 from adamae_fast.data.quarantine import BadVideo
 from adamae_fast.device import describe_device
+from adamae_fast.distributed.world import World, joined
 from adamae_fast.features.store import DTYPES, FeatureStore, ShardContent
 from adamae_fast.interop.convert import detect_layout
 from adamae_fast.interop.starting_point import open_encoder
 from adamae_fast.model.video_encoder import VideoEncoder
 from adamae_fast.run_folder import RunFolder, find_weights
-from adamae_fast.train.evaluate import device_of, refuse_too_many, trained_with
-from adamae_fast.train.predict import process_group, require_finite, show_views
+from adamae_fast.train.evaluate import refuse_too_many, trained_with
+from adamae_fast.train.predict import require_finite, show_views
 from adamae_fast.train.signals import stop_signals
 from adamae_fast.train.summary import print_facts
 from adamae_fast.version import __version__
@@ -52,12 +53,12 @@ def extract(checkpoint: str, options: ExtractConfig, console: Console) -> dict[s
     if not options.output_dir:
         raise ValueError("output_dir is required: name a folder for the features")
     source = open_source(checkpoint, options)
-    with process_group() as (rank, world_size), stop_signals() as stop:
-        source.model.to(device_of(options.device, world_size))
-        if rank == 0:
-            print_facts([*source.describe(world_size), ("features", options.output_dir)], console)
-        index = extract_features(source, options, rank, world_size, console, stop)
-    if rank > 0:
+    with joined(options.device, "device", DistributedConfig().timeout) as (world, device), stop_signals() as stop:
+        source.model.to(device)
+        if world.is_first:
+            print_facts([*source.describe(world.size), ("features", options.output_dir)], console)
+        index = extract_features(source, options, world, console, stop)
+    if not world.is_first:
         return None
     summary: dict[str, Any] = {"output_dir": options.output_dir, "stopped_by": stop[0] if index is None else None}
     if index is None:
@@ -151,7 +152,7 @@ def merge_features(features_BX: Tensor, tokens: Tokens, num_views: int) -> Tenso
 
 
 def extract_features(
-    source: Source, options: ExtractConfig, rank: int, world_size: int, console: Console, stop: Sequence[str]
+    source: Source, options: ExtractConfig, world: World, console: Console, stop: Sequence[str]
 ) -> dict[str, Any] | None:
     """Make the missing shards of ``options.output_dir``, this process its share; return the index when all is there.
 
@@ -160,20 +161,12 @@ def extract_features(
     """
     store = _store(source, options)
     store.check()  # on every process, so that all refuse alike
-    with RunFolder(store.folder).lock() if rank == 0 else nullcontext():
-        if rank == 0:
-            store.begin()
-        missing: list[list[int]] = [store.missing()]
-        if world_size > 1:
-            dist.broadcast_object_list(missing)
-        mine = missing[0][rank::world_size]
-        done = [_write_shards(store, mine, source, options, rank, console, stop)]
-        if world_size > 1:
-            done *= world_size
-            dist.all_gather_object(done, done[rank])
-        if not all(done):
+    with world.held_by_first(RunFolder(store.folder).lock()):
+        world.on_first(store.begin)
+        mine = world.on_first(store.missing)[world.rank :: world.size]
+        if not all(world.gather(_write_shards(store, mine, source, options, world.is_first, console, stop))):
             return None
-        return store.finish() if rank == 0 else {}
+        return world.on_first(store.finish)
 
 
 def refuse_unreadable(index: dict[str, Any], config: FinetuneConfig) -> None:
@@ -225,7 +218,7 @@ def _write_shards(
     shards: Sequence[int],
     source: Source,
     options: ExtractConfig,
-    rank: int,
+    shows_progress: bool,
     console: Console,
     stop: Sequence[str],
 ) -> bool:
@@ -245,7 +238,7 @@ def _write_shards(
     dtype = DTYPES[options.dtype or DEFAULT_DTYPES[options.tokens]]
     with (
         closing(shown_views),
-        Progress(console=console, disable=rank > 0 or not console.is_terminal, transient=True) as progress,
+        Progress(console=console, disable=not shows_progress or not console.is_terminal, transient=True) as progress,
     ):
         task = progress.add_task("videos", total=len(numbers))
         for shard in shards:

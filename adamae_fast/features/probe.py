@@ -17,16 +17,18 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from adamae_fast.config_distributed import DistributedConfig
 from adamae_fast.config_features import ExtractConfig, ProbeConfig, ProbeKind, Tokens
 from adamae_fast.data.labelled import read_labels
+from adamae_fast.distributed.world import joined
 from adamae_fast.errors import RunStoppedError
 from adamae_fast.features.extract import Source, extract_features, open_source, refuse_unreadable
 from adamae_fast.features.heads import RECIPES, AttentiveHead, LinearHead, score, train_heads
 from adamae_fast.features.neighbours import nearest, vote
 from adamae_fast.features.store import FeatureFolder
 from adamae_fast.model.sizes import SIZES
-from adamae_fast.train.evaluate import describe_results, device_of, print_results, write_results
-from adamae_fast.train.predict import Predictions, process_group
+from adamae_fast.train.evaluate import describe_results, print_results, write_results
+from adamae_fast.train.predict import Predictions
 from adamae_fast.train.signals import stop_signals
 from adamae_fast.train.summary import print_facts
 
@@ -56,18 +58,17 @@ def probe(checkpoint: str, options: ProbeConfig, console: Console) -> dict[str, 
     _require_enough(options, len(source.entries), "videos")
     output_dir, tokens = Path(options.output_dir), TOKENS[options.probe]
     folders = {name: output_dir / "features" / f"{name}_{tokens}" for name in ("train", "val")}
-    with process_group() as (rank, world_size), stop_signals() as stop:
-        device = device_of(options.device, world_size)
+    with joined(options.device, "device", DistributedConfig().timeout) as (world, device), stop_signals() as stop:
         source.model.to(device)
-        if rank == 0:
+        if world.is_first:
             facts = [("validation", f"{options.val.manifest}, {len(val.entries)} videos")]
             facts.append(("probe", f"{options.probe}, {num_classes} classes, results in {output_dir}"))
-            print_facts([*source.describe(world_size), *facts], console)
+            print_facts([*source.describe(world.size), *facts], console)
         indices = []
         for name, part in (("train", source), ("val", val)):
             told = ExtractConfig(output_dir=str(folders[name]), tokens=tokens)
-            indices.append(extract_features(part, told, rank, world_size, console, stop))
-        if rank > 0:
+            indices.append(extract_features(part, told, world, console, stop))
+        if not world.is_first:
             return None
         scored = None
         if None not in indices:
