@@ -210,7 +210,7 @@ def _plan(parser: ArgumentParser, arguments: Namespace) -> int:
 
 
 _MEASUREMENTS = {
-    "step": "a whole training step: time, memory and agreement of ours with other implementations",
+    "step": "a whole training step: time, memory, agreement with other implementations; --task finetune",
     "memory": "the memory column of the paper's Table 1",
     "throughput": "clips and tokens a second against batch size and masking strategy",
     "profile": "where a training step spends its time",

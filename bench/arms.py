@@ -11,6 +11,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
@@ -20,15 +21,15 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from adamae_fast.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig, TrainConfig
+from adamae_fast.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig, RunConfig, TrainConfig
 from adamae_fast.device import arithmetic, upload
 from adamae_fast.interop.keys import published_names, write_tensors
 from adamae_fast.model.adamae import AdaMAE
+from adamae_fast.model.layers import DropPath
 from adamae_fast.model.sizes import SIZES
 from adamae_fast.ops.patchify import IMAGENET_MEAN, IMAGENET_STD
-from adamae_fast.testing import prefer
 from adamae_fast.train.optim import build_optimizer
-from adamae_fast.train.step import Stepper
+from adamae_fast.train.step import BaseStepper, Stepper
 from adamae_fast.train.step_graph import WARM_UP_STEPS
 from bench import tuned
 from bench.checkout import Checkout, Loader
@@ -38,6 +39,9 @@ from bench.timing import CpuRunner, Runner
 
 LEARNING_RATE = 1e-5
 """Small: parameters move as in training, and no arm diverges on noise."""
+
+OPTIONS = OptimConfig(base_lr=LEARNING_RATE)
+"""Of the optimizer in pre-training."""
 
 WARM_UP = WARM_UP_STEPS + 1
 """Steps after which an arm stays what it is: compiled, with the optimizer's moments, recorded as a graph."""
@@ -81,16 +85,22 @@ Gradients = dict[str, Tensor]
 
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """In training mode, but no dropout."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    before = [layer.p for layer in layers]
-    for layer in layers:
-        layer.p = 0.0
+    """In training mode, but nothing is left out."""
+    before = []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            before.append((module, "p", module.p, 0.0))
+        elif isinstance(module, DropPath):
+            before.append((module, "keep", module.keep, torch.ones_like(module.keep)))
+        elif hasattr(module, "drop_prob"):  # of the published code
+            before.append((module, "drop_prob", module.drop_prob, 0.0))
+    for module, name, _, none in before:
+        setattr(module, name, none)
     try:
         yield
     finally:
-        for layer, p in zip(layers, before, strict=True):
-            layer.p = p
+        for module, name, value, _ in before:
+            setattr(module, name, value)
 
 
 class StepRunner:
@@ -138,8 +148,8 @@ class Arm(ABC):
         """What the bytes kept for the backward are counted in: a forward pass, or a whole step."""
 
     @abstractmethod
-    def loss_and_gradients(self, visible_ids: Tensor) -> tuple[float, Gradients]:
-        """In fp32, without dropout, for a given mask; leaves the weights as they are."""
+    def loss_and_gradients(self, visible_ids: Tensor | None) -> tuple[float, Gradients]:
+        """In fp32, without dropout, for a given mask, if there are any; leaves the weights as they are."""
 
     def runner(self, warm_up: int) -> Runner:
         """The step, warmed up, with the clock of its device."""
@@ -148,7 +158,8 @@ class Arm(ABC):
         return CpuRunner(self.step, warm_up)
 
 
-def _take_gradients(model: nn.Module) -> Gradients:
+def take_gradients(model: nn.Module) -> Gradients:
+    """Copies of the gradients, which are gone from the model."""
     gradients = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return gradients
@@ -158,7 +169,14 @@ class PlainArm(Arm):
     """A model of ours in plain PyTorch with an ordinary loop."""
 
     def __init__(
-        self, name: str, setting: Setting, precision: str, network: nn.Module, *, like_published: bool
+        self,
+        name: str,
+        setting: Setting,
+        precision: str,
+        network: nn.Module,
+        *,
+        like_published: bool,
+        options: OptimConfig = OPTIONS,
     ) -> None:
         super().__init__(name, setting, precision)
         self.model = network.to(setting.device).train()
@@ -166,9 +184,9 @@ class PlainArm(Arm):
         self._like_published = like_published
         self.clips = normalize(self.video) if like_published else self.video
         self._parameters = list(network.parameters())
-        self._optimizer = build_optimizer(network, OptimConfig(base_lr=LEARNING_RATE))
+        self._optimizer = build_optimizer(network, options)
         if like_published:
-            self._optimizer = torch.optim.AdamW(self._optimizer.param_groups, lr=LEARNING_RATE, betas=(0.9, 0.95))
+            self._optimizer = torch.optim.AdamW(self._optimizer.param_groups, lr=LEARNING_RATE, betas=options.betas)
             for group in self._optimizer.param_groups:
                 # As the published code makes it: not fused, and a learning rate that is a number.
                 group.update(fused=None, capturable=False, lr=LEARNING_RATE)
@@ -176,10 +194,9 @@ class PlainArm(Arm):
 
     def compiled(self, name: str) -> PlainArm:
         """The same weights, compiled with torch's defaults."""
-        arm: PlainArm = object.__new__(PlainArm)
-        arm.__dict__.update(self.__dict__)
+        arm = copy(self)
         arm.name = name
-        if self.setting.device.type == "cpu":
+        if self.setting.device.type == "cpu" and hasattr(self.model, "gather"):
             # In one graph, torch 2.13 loses the gradient of the tokenizer that comes through the encoder.
             self.model.gather = torch.compiler.disable(tuned.gather_tokens)
         arm._call = torch.compile(self.model, backend=COMPILE_BACKEND)
@@ -221,51 +238,61 @@ class PlainArm(Arm):
         """One forward pass."""
         return self._loss(self.precision)
 
-    def loss_and_gradients(self, visible_ids: Tensor) -> tuple[float, Gradients]:
+    def loss_and_gradients(self, visible_ids: Tensor | None) -> tuple[float, Gradients]:
         """As :class:`Arm` says."""
         self.model.zero_grad(set_to_none=True)
         with without_dropout(self.model):
             loss = self._loss("fp32", visible_ids)
             loss.backward()
-        return loss.item(), _take_gradients(self.model)
+        return loss.item(), take_gradients(self.model)
 
 
 class OurArm(Arm):
     """adamae_fast's own step; arms that differ in what the backward computes again share weights and optimizer."""
 
-    def __init__(self, name: str, setting: Setting, stepper: Stepper, config: PretrainConfig) -> None:
+    stepper: Any
+
+    def __init__(self, name: str, setting: Setting, stepper: BaseStepper[Any], config: RunConfig) -> None:
         super().__init__(name, setting, config.train.precision)
-        self.model, self.stepper, self._config = stepper.model, stepper, config
+        self.model, self.stepper, self.config = stepper.model, stepper, config
         self._number = 0
 
-    def _choose(self) -> AdaMAE:
-        model = self.stepper.model
-        if hasattr(model, "set_recompute"):
-            model.set_recompute(self._config.train.recompute)
-        return model
+    def choose(self) -> None:
+        """Make the shared model this arm's."""
+        if hasattr(self.model, "set_recompute"):
+            self.model.set_recompute(self.config.train.recompute)
+
+    def accumulate(self) -> None:
+        """Forward and backward of the clips."""
+        self.stepper.accumulate(self.clips)
+
+    def loss(self, visible_ids: Tensor | None = None) -> Tensor:
+        """One forward pass."""
+        loss: Tensor = self.model(self.video, visible_ids=visible_ids).loss
+        return loss
 
     def step(self) -> None:
-        """Begin, forward and backward, finish: what ``adamae-fast pretrain`` runs."""
-        self._choose()
+        """Begin, forward and backward, finish: what the training command runs."""
+        self.choose()
         self.stepper.begin(self._number, LEARNING_RATE)
-        self.stepper.accumulate(self.clips)
+        self.accumulate()
         self.stepper.finish(self._number)
         self._number += 1
 
     def keep(self) -> object:
         """One forward pass."""
-        model = self._choose()
-        with arithmetic(self.setting.device, self._config.train.precision):
-            return model(self.video).loss
+        self.choose()
+        with arithmetic(self.setting.device, self.config.train.precision):
+            return self.loss()
 
-    def loss_and_gradients(self, visible_ids: Tensor) -> tuple[float, Gradients]:
+    def loss_and_gradients(self, visible_ids: Tensor | None) -> tuple[float, Gradients]:
         """As :class:`Arm` says."""
-        model = self._choose()
-        model.zero_grad(set_to_none=True)
-        with without_dropout(model):
-            loss = model(self.video, visible_ids=visible_ids).loss
+        self.choose()
+        self.model.zero_grad(set_to_none=True)
+        with without_dropout(self.model):
+            loss = self.loss(visible_ids)
             loss.backward()
-        return loss.item(), _take_gradients(model)
+        return loss.item(), take_gradients(self.model)
 
 
 class _EngineRunner:
@@ -339,8 +366,9 @@ class PublishedArm(Arm):
         """As :class:`Arm` says."""
         return _EngineRunner(self, warm_up)
 
-    def loss_and_gradients(self, visible_ids: Tensor) -> tuple[float, Gradients]:
+    def loss_and_gradients(self, visible_ids: Tensor | None) -> tuple[float, Gradients]:
         """As :class:`Arm` says; the published loop in fp32, with an optimizer that does not move anything."""
+        assert visible_ids is not None
         encoder: Any = self.model.encoder
         mask_BN = boolean_mask(visible_ids, encoder.patch_embed.num_patches)
 
@@ -360,7 +388,7 @@ class PublishedArm(Arm):
                 "fp32",
                 self._patch_size,
             )
-        gradients = _take_gradients(self.model)
+        gradients = take_gradients(self.model)
         return loss, {self._names[name]: gradient for name, gradient in gradients.items()}
 
 
@@ -475,52 +503,3 @@ def _plain(name: str, setting: Setting, precision: str, state: Gradients, *, lik
     network = (PublishedLike if like_published else Tuned)(setting.model, setting.mask)
     network.load_state_dict(state)
     return PlainArm(name, setting, precision, network, like_published=like_published)
-
-
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 2e-3
-"""Relative errors in fp32: of the loss, and of each part's gradient in the 2-norm."""
-
-COMPARED = ("tokenizer.weight", "sampler.", "encoder.", "projection.weight", "mask_token", "decoder.")
-"""Groups of parameters whose gradients are compared."""
-
-
-class Parity:
-    """Compares arms with our model on the reference of every operation, in fp32; its attention is what "auto" takes."""
-
-    def __init__(self, setting: Setting) -> None:
-        self._setting = setting
-        model = AdaMAE(setting.model, setting.mask).to(setting.device)
-        model.load_state_dict(initial_state(setting))
-        seeds_B = torch.arange(setting.batch_size, device=setting.device)
-        video = setting.draw_video()
-        with prefer("reference"), without_dropout(model), _exact_products():
-            with torch.no_grad():
-                self.visible_ids = model.eval()(video, seeds=seeds_B).visible_ids
-            loss = model.train()(video, visible_ids=self.visible_ids).loss
-            loss.backward()
-        self._loss, self._gradients = loss.item(), _take_gradients(model)
-
-    def fault(self, arm: Arm) -> str | None:
-        """What is wrong with an arm that still has its first weights; None: nothing."""
-        with _exact_products():
-            loss, gradients = arm.loss_and_gradients(self.visible_ids)
-        error = abs(loss - self._loss) / abs(self._loss)
-        if not error <= LOSS_TOLERANCE:
-            return f"the loss is off by {error:.1e}, allowed is {LOSS_TOLERANCE:.0e}"
-        for group in COMPARED:
-            names = [name for name in self._gradients if name.startswith(group)]
-            if any(name not in gradients for name in names):
-                return f"no gradient of {', '.join(name for name in names if name not in gradients)}"
-            if not names:
-                continue
-            truth = torch.cat([self._gradients[name].flatten().double() for name in names])
-            actual = torch.cat([gradients[name].flatten().double() for name in names])
-            error = float((actual - truth).norm() / truth.norm())
-            if not error <= GRADIENT_TOLERANCE:
-                return f"the gradient of {group} is off by {error:.1e}, allowed is {GRADIENT_TOLERANCE:.0e}"
-        return None
-
-
-def _exact_products() -> contextlib.AbstractContextManager[object]:
-    """fp32 means fp32: cuDNN would convolve in TF32. (Matrix products are exact by torch's default.)"""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

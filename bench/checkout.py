@@ -31,6 +31,9 @@ from adamae_fast.ops.patchify import IMAGENET_MEAN, IMAGENET_STD
 COMMIT = "aa198502f3da26a5ecb1999aeaf19a7a04bab272"
 """The only version that the stand-ins were tried with."""
 
+CLASSIFIER = "models/finetune/vit.py"
+"""The fine-tuning's model, which fine-tuning alone needs."""
+
 NEEDED = ("models/pretrain/vit.py", "msc/engine_for_pretraining.py", "optim_factory.py")
 
 
@@ -112,6 +115,8 @@ class Checkout:
     engine: types.ModuleType
     utils: types.ModuleType
     optim_factory: types.ModuleType
+    classifier: types.ModuleType | None
+    """The fine-tuning's model; None for a checkout without it."""
     commit: str
     """Of the checkout, where git or the archive tells it."""
 
@@ -136,8 +141,12 @@ class Checkout:
                     "utils": importlib.import_module("msc.utils"),
                     "optim_factory": importlib.import_module("optim_factory"),
                 }
+                has_classifier = (folder / CLASSIFIER).is_file()
+                classifier = importlib.import_module("models.finetune.vit") if has_classifier else None
         head = folder / ".git" / "HEAD"
-        return cls(**modules, commit=head.read_text().strip()[:40] if head.is_file() else "not told")
+        return cls(
+            **modules, classifier=classifier, commit=head.read_text().strip()[:40] if head.is_file() else "not told"
+        )
 
     def build(self, **sizes: Any) -> nn.Module:
         """The model, sizes by the names of its constructor."""

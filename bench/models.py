@@ -1,9 +1,10 @@
-"""Two whole models in plain PyTorch with our parameter names, so that one state dict fits all arms of ``bench.step``.
+"""Whole models in plain PyTorch with our parameter names, so that one state dict fits all arms of ``bench.step``.
 
 :class:`PublishedLike` keeps the tensors that the published code keeps; :class:`Tuned` is the best plain PyTorch known.
+So do, and are, the two classifiers of fine-tuning.
 
 Letters: B clips, C channels, T frames, H, W pixels, N tokens, K visible, M masked, D encoder width, E decoder width,
-P pixels a token, h heads, d channels of a head.
+P pixels a token, h heads, d channels of a head, K classes of a classifier.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 
 from adamae_fast.config import MaskConfig, ModelConfig
-from adamae_fast.grid import NUM_CHANNELS, TokenGrid
+from adamae_fast.grid import NUM_CHANNELS
 from adamae_fast.masking import STRATEGIES
 from adamae_fast.model.positions import sinusoid_table
 from adamae_fast.model.sampler import NUM_HEADS
 from adamae_fast.model.sizes import SIZES
 from adamae_fast.ops.patchify import IMAGENET_MEAN, IMAGENET_STD
 from adamae_fast.ops.registry import autocast_dtype
+from adamae_fast.plan.work import grid_of
 from bench import published, tuned
 
 SAMPLING_WEIGHT = 1e-4
@@ -131,12 +133,7 @@ class _Network(nn.Module):
 
     def __init__(self, model: ModelConfig, mask: MaskConfig) -> None:
         super().__init__()
-        self.grid = TokenGrid(
-            num_frames=model.num_frames,
-            frame_size=model.frame_size,
-            tubelet_size=model.tubelet_size,
-            patch_size=model.patch_size,
-        )
+        self.grid = grid_of(model)
         self.sizes = (model.tubelet_size, model.patch_size)
         self.ratio, self.strategy = mask.ratio, STRATEGIES[mask.strategy]
         self.num_visible = self.strategy.num_visible(self.grid, mask.ratio)
@@ -256,3 +253,76 @@ class Tuned(_Network):
         if logits_BN is None:
             return loss
         return loss + SAMPLING_WEIGHT * tuned.sampling_loss(logits_BN, masked_ids_BM, error_BM)
+
+
+class _DropPath(nn.Dropout):
+    """Leaves out a branch for a share ``p`` of the clips, as timm does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        keep = 1 - self.p
+        return x * x.new_empty((len(x), *[1] * (x.ndim - 1))).bernoulli_(keep).div_(keep)
+
+
+class _Classifier(nn.Module):
+    """Layers and tables of both classifiers."""
+
+    positions_ND: Tensor
+    fused: bool
+
+    def __init__(self, model: ModelConfig, num_classes: int, drop_path: float) -> None:
+        super().__init__()
+        size = SIZES[model.size].encoder
+        num_tokens = grid_of(model).num_tokens
+        self.sizes = (model.tubelet_size, model.patch_size)
+        self.tokenizer = nn.Conv3d(NUM_CHANNELS, size.width, (model.tubelet_size, model.patch_size, model.patch_size))
+        blocks = [_Block(size.width, size.num_heads, fused=self.fused) for _ in range(size.depth)]
+        for block, rate in zip(blocks, torch.linspace(0, drop_path, size.depth).tolist(), strict=True):
+            block.dropout = _DropPath(rate)
+        self.encoder = nn.ModuleDict({"blocks": nn.Sequential(*blocks)})
+        self.fc_norm = nn.LayerNorm(size.width, eps=1e-6)
+        self.head = nn.Linear(size.width, num_classes)
+        self.register_buffer("positions_ND", sinusoid_table(num_tokens, size.width), persistent=False)
+
+    def logits(self, tokens_BND: Tensor) -> Tensor:
+        """(B, K) of tokens with their positions."""
+        return self.head(self.fc_norm(self.encoder["blocks"](tokens_BND).mean(1)))
+
+
+class PublishedLikeClassifier(_Classifier):
+    """The published fine-tuning's sequence of operations, written anew.
+
+    Float video, a strided convolution, attention that keeps its N × N softmax, positions copied from the host in every
+    step, soft cross-entropy spelled out.
+    """
+
+    fused = False
+
+    def __init__(self, model: ModelConfig, num_classes: int, drop_path: float) -> None:
+        super().__init__(model, num_classes, drop_path)
+        self._table = self.positions_ND
+        del self.positions_ND
+
+    def forward(self, normalized_BCTHW: Tensor, targets_BK: Tensor) -> Tensor:
+        """Return the loss."""
+        convolved = F.conv3d(
+            normalized_BCTHW, self.tokenizer.weight, self.tokenizer.bias, stride=self.tokenizer.kernel_size
+        )
+        tokens_BND = convolved.flatten(2).transpose(1, 2)
+        positions_BND = self._table.expand(len(tokens_BND), -1, -1)
+        tokens_BND = tokens_BND + positions_BND.type_as(tokens_BND).to(tokens_BND.device).clone()
+        return torch.sum(-targets_BK * F.log_softmax(self.logits(tokens_BND), dim=-1), dim=-1).mean()
+
+
+class TunedClassifier(_Classifier):
+    """The same mathematics as an expert writes it: fused attention, uint8 clips, one product for the tubelets."""
+
+    fused = True
+
+    def forward(self, video_BCTHW: Tensor, targets_BK: Tensor) -> Tensor:
+        """Return the loss of uint8 clips."""
+        weight_DP = self.tokenizer.weight.flatten(1)
+        patches_BNP = tuned.patchify(video_BCTHW, *self.sizes, autocast_dtype(weight_DP))
+        tokens_BND = F.linear(patches_BNP, weight_DP, self.tokenizer.bias)
+        return F.cross_entropy(self.logits(tokens_BND + self.positions_ND.to(tokens_BND.dtype)), targets_BK)

@@ -172,7 +172,7 @@ def data(result: Result) -> Figure:
     return figure
 
 
-PICTURES = {"step": step, "memory": memory, "throughput": throughput, "data": data}
+PICTURES = {"step": step, "finetune_step": step, "memory": memory, "throughput": throughput, "data": data}
 
 
 def draw(found: dict[str, list[Result]], folder: Path) -> list[Path]:

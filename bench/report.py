@@ -141,7 +141,7 @@ def step_section(result: Result) -> list[str]:
     lines += table(columns, rows)
     lines += [f"* {name}: {reason}" for name, reason in result["skipped"].items()]
     lines += ["", *what_ran(result["rows"])]
-    if not result["quick"]:
+    if result["command"] == "step" and not result["quick"]:
         lines += ["", *(gpu_goals(result) if gpu else cpu_goals(result))]
     return [*lines, ""]
 
@@ -354,6 +354,7 @@ def real_decode_section(result: Result) -> list[str]:
 
 SECTIONS = {
     "step": ("A training step", step_section),
+    "finetune_step": ("A fine-tuning step", step_section),
     "memory": ("Memory: Table 1 of the paper", memory_section),
     "throughput": ("Throughput by batch and mask", throughput_section),
     "data": ("What the data path delivers", data_section),
@@ -366,7 +367,9 @@ EXPLAINED = """\
 Arms: **published**, the authors' code from a checkout, its own loop and optimizer; **published-like**, an independent
 stand-in of the same operations that keeps the same tensors; **tuned**, plain PyTorch with fused attention, index
 gathers, vectorised losses and fused AdamW; **ours** with what `train.recompute` computes again. Every arm gave the loss
-and the gradients of the reference in fp32 before it was timed. Ratios are taken inside one run. *Reads* are calls of
+and the gradients of the reference in fp32 before it was timed. In fine-tuning, **published** is the authors' model in a
+loop like theirs, and *ours-none@NAME* is ours with that attention back end in place of what it takes by itself. Ratios
+are taken inside one run. *Reads* are calls of
 `item`, `nonzero`, `is_nonzero`, `_local_scalar_dense` in a step outside the optimizer; torch's fused AdamW on the CPU
 reads its own step counters, which lie in host memory. *CPU ms*: of all threads of the process in a step; where
 they wait for a GPU, that counts. Arms of the data path: `bench/data.py`.

@@ -2,7 +2,8 @@
 
 Arms: the published code from a checkout (``--published``), an independent stand-in of the same operations, tuned
 PyTorch, the same compiled, and ours with each recompute policy, with and without a CUDA graph. Every arm has to give
-the loss and the gradients of our reference before it is timed. Clips are on the device already.
+the loss and the gradients of our reference before it is timed. Clips are on the device already. With ``--task
+finetune``: classifiers over all tokens (``bench/finetune_arms.py``), ours with each attention back end, too.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
@@ -22,8 +23,9 @@ from rich.table import Table
 
 from adamae_fast.ops import library, triton_kernels
 from adamae_fast.plan import work
-from bench import arms, command, conditions, predict
-from bench.arms import Arm, Builder, Parity, Setting, Skipped
+from bench import arms, command, conditions, finetune_arms, predict
+from bench.arms import Arm, Builder, Setting, Skipped
+from bench.parity import Parity, PretrainParity
 from bench.peak import peak_extra_bytes
 from bench.profile import attention_that_ran, count, profiled
 from bench.saved import CASTS, saved_bytes
@@ -33,6 +35,47 @@ PLANS = {"cpu": Plan(warm_up=2, rounds=6, block=2), "cuda": Plan(warm_up=20, rou
 QUICK = Plan(warm_up=1, rounds=2, block=1)
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained."""
+
+    name: str
+    """Of the result file."""
+    builders: Callable[[Setting, arms.Plan], tuple[dict[str, Builder], Skipped]]
+    parity: Callable[[Setting], Parity]
+    flops: Callable[[Setting], int]
+    """Of one clip, forward and backward."""
+    batches: Mapping[str, list[int]]
+    """By the kind of device, where ``--batch`` gives none."""
+
+    def describe(self, setting: Setting) -> str:
+        """The model in words."""
+        model = setting.model
+        clip = f"{model.size}, {model.num_frames}×{model.frame_size}²"
+        if self is PRETRAIN:
+            return f"{clip}, ratio {setting.mask.ratio}"
+        return f"classifier {clip}, {finetune_arms.NUM_CLASSES} classes, drop path {finetune_arms.DROP_PATH}"
+
+
+PRETRAIN = Task(
+    name="step",
+    builders=arms.builders,
+    parity=PretrainParity,
+    flops=lambda setting: work.step_flops(setting.model, setting.mask),
+    batches={"cpu": [2], "cuda": [16, 32]},
+)
+TASKS = {
+    "pretrain": PRETRAIN,
+    "finetune": Task(
+        name="finetune_step",
+        builders=finetune_arms.builders,
+        parity=finetune_arms.FinetuneParity,
+        flops=lambda setting: work.classifier_flops(setting.model, finetune_arms.NUM_CLASSES),
+        batches={"cpu": [1], "cuda": [16]},
+    ),
+}
 
 
 def check_parity(arm: Arm, parity: Parity) -> str | None:
@@ -92,10 +135,10 @@ def memory_on_cpu(arm: Arm) -> Row:
     }
 
 
-def timing_row(timing: Timing, setting: Setting, device_name: str) -> Row:
+def timing_row(timing: Timing, setting: Setting, device_name: str, task: Task = PRETRAIN) -> Row:
     """Milliseconds by the clock and of CPU time, clips and tokens a second, share of the peak where that is known."""
     clips = setting.batch_size / timing.median
-    flops, peak = work.step_flops(setting.model, setting.mask), predict.peak_flops(device_name)
+    flops, peak = task.flops(setting), predict.peak_flops(device_name)
     return {
         "ms": round(timing.median * 1e3, 3),
         "ms_p20": round(timing.p20 * 1e3, 3),
@@ -103,7 +146,7 @@ def timing_row(timing: Timing, setting: Setting, device_name: str) -> Row:
         "steps": timing.num_calls,
         "cpu_ms": None if timing.cpu is None else round(timing.cpu * 1e3, 3),
         "clips_per_s": round(clips, 3),
-        "tokens_per_s": round(clips * work.sizes_of(setting.model, setting.mask).num_tokens, 1),
+        "tokens_per_s": round(clips * work.grid_of(setting.model).num_tokens, 1),
         "mfu": None if peak is None else round(clips * flops / peak, 4),
     }
 
@@ -120,16 +163,16 @@ def backends_of(arm: Arm, profile: torch.profiler.profile) -> Row:
 
 
 def measure(
-    setting: Setting, plan: arms.Plan, timing: Plan, say: command.Say, only: list[str] | None = None
+    task: Task, setting: Setting, plan: arms.Plan, timing: Plan, say: command.Say, only: list[str] | None = None
 ) -> tuple[list[Row], Skipped]:
     """Parity, memory, counts, time of every arm that can be built, or of those named in ``only``."""
-    build, skipped = arms.builders(setting, plan)
+    build, skipped = task.builders(setting, plan)
     if only:
         if unknown := [name for name in only if name not in build]:
             raise ValueError(f"--arm: {', '.join(unknown)} cannot be measured here; choose from {', '.join(build)}")
         build = {name: build[name] for name in build if name in only}
     say("parity: the reference")
-    parity = Parity(setting)
+    parity = task.parity(setting)
     rows: dict[str, Row] = {}
     on_gpu = setting.device.type == "cuda"
     built: dict[str, Arm] = {}
@@ -161,7 +204,7 @@ def measure(
     name_of_device = conditions.device_name(setting.device)
     timings = run_in_turns({name: arm.runner(timing.warm_up) for name, arm in built.items()}, timing)
     for name, result in timings.items():
-        rows[name] |= timing_row(result, setting, name_of_device)
+        rows[name] |= timing_row(result, setting, name_of_device, task)
     return list(rows.values()), skipped
 
 
@@ -184,7 +227,7 @@ def speedups(rows: list[Row]) -> dict[str, float]:
 
 def with_other_batches(result: Row, options: argparse.Namespace) -> Row:
     """The result, beside rows of other batches that the file has of the same commit, versions, model and checkout."""
-    path = command.result_path("step", result, options)
+    path = command.result_path(TASKS[options.task].name, result, options)
     before = json.loads(path.read_text()) if path and path.is_file() else None
 
     def what(result: Row) -> Row:
@@ -229,8 +272,12 @@ def print_table(rows: list[Row], skipped: Mapping[str, str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; return 1 if an arm failed its parity."""
     parser = command.parser("step", __doc__)
+    parser.add_argument("--task", choices=TASKS, default="pretrain", help="what is trained (default: pretrain)")
     parser.add_argument(
-        "--batch", type=int, nargs="+", help="clips of a step (default: 2 on a CPU; 16 and 32 on a GPU)"
+        "--batch",
+        type=int,
+        nargs="+",
+        help="clips of a step (default: 2 on a CPU; 16 and 32 on a GPU; of finetune 1, and 16)",
     )
     parser.add_argument("--arm", nargs="+", metavar="NAME", help="only these arms")
     parser.add_argument("--rounds", type=int, help="rounds in which every arm takes its turn")
@@ -246,7 +293,8 @@ def main(arguments: list[str] | None = None) -> int:
         timing = Plan(warm_up=timing.warm_up, rounds=options.rounds, block=timing.block)
     if options.quick and device.type == "cpu":
         arms.COMPILE_BACKEND = "aot_eager"  # the same graphs, without a minute of building
-    batches = options.batch or ([2] if options.quick or device.type == "cpu" else [16, 32])
+    task = TASKS[options.task]
+    batches = options.batch or ([2] if options.quick else task.batches[device.type])
     rows: list[Row] = []
     skipped: Skipped = {}
     with command.progress(len(batches)) as (say, advance):
@@ -256,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
             def say_batch(what: str, batch: int = batch) -> None:
                 say(f"batch {batch}: {what}")
 
-            measured, refused = measure(setting, arms.plan_for(device, checkout), timing, say_batch, options.arm)
+            measured, refused = measure(task, setting, arms.plan_for(device, checkout), timing, say_batch, options.arm)
             rows += measured
             skipped |= refused
             advance()
@@ -265,12 +313,12 @@ def main(arguments: list[str] | None = None) -> int:
     result = {
         "conditions": taken,
         "published_checkout": checkout.commit if checkout else None,
-        "model": f"{first.model.size}, {first.model.num_frames}×{first.model.frame_size}², ratio {first.mask.ratio}",
-        "gflop_per_clip": round(work.step_flops(first.model, first.mask) / 1e9, 1),
+        "model": task.describe(first),
+        "gflop_per_clip": round(task.flops(first) / 1e9, 1),
         "rows": rows,
         "skipped": skipped,
     }
-    command.finish("step", with_other_batches(result, options), options)
+    command.finish(task.name, with_other_batches(result, options), options)
     harmless = ("not measured", "this version has no option")
     return 1 if any(not reason.startswith(harmless) for reason in skipped.values()) else 0
 

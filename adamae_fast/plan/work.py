@@ -61,14 +61,19 @@ class Sizes:
         return self.num_tokens * self.pixels_per_token
 
 
-def sizes_of(model: ModelConfig, mask: MaskConfig) -> Sizes:
-    """Read the sizes out of the configuration."""
-    grid = TokenGrid(
+def grid_of(model: ModelConfig) -> TokenGrid:
+    """How a clip is cut into tokens."""
+    return TokenGrid(
         num_frames=model.num_frames,
         frame_size=model.frame_size,
         tubelet_size=model.tubelet_size,
         patch_size=model.patch_size,
     )
+
+
+def sizes_of(model: ModelConfig, mask: MaskConfig) -> Sizes:
+    """Read the sizes out of the configuration."""
+    grid = grid_of(model)
     strategy, size = STRATEGIES[mask.strategy], SIZES[model.size]
     decoder = TransformerSize(size.decoder.width, model.decoder.depth or size.decoder.depth, size.decoder.num_heads)
     sampler = None
@@ -162,3 +167,12 @@ def step_flops(model: ModelConfig, mask: MaskConfig) -> int:
         if s.sampler is not None:
             forward += blocks(s.sampler, n)
     return 3 * forward - tokenizer  # the clip gets no gradient
+
+
+def classifier_flops(model: ModelConfig, num_classes: int) -> int:
+    """The same of a classifier, whose blocks see all tokens."""
+    size, grid = SIZES[model.size].encoder, grid_of(model)
+    n, d = grid.num_tokens, size.width
+    tokenizer = 2 * n * grid.pixels_per_token * d
+    blocks = size.depth * (24 * d**2 * n + 4 * n**2 * d)
+    return 3 * (tokenizer + blocks + 2 * d * num_classes) - tokenizer

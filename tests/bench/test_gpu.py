@@ -27,6 +27,7 @@ def test_a_rehearsal_runs_the_whole_plan(tmp_path: Path, monkeypatch: pytest.Mon
     assert {each["status"] for each in state["done"].values()} == {0}
     assert len([path for path in tmp_path.iterdir() if path.is_file()]) <= gpu.MAX_FILES
     check_step(result(tmp_path, "step"))
+    check_finetune(result(tmp_path, "finetune_step"))
     check_the_rest(tmp_path)
     check_report(tmp_path)
 
@@ -47,6 +48,16 @@ def check_step(line: dict) -> None:
         assert sum(ours["attention_ran"].values()) == blocks > 0
 
 
+def check_finetune(line: dict) -> None:
+    """A file of its own."""
+    rows = {row["arm"]: row for row in line["rows"]}
+    assert set(rows) == {"published-like-fp32", "tuned", "ours-none", "ours-fc1"}
+    assert rows["ours-fc1"]["saved_bytes_per_clip"] < rows["ours-none"]["saved_bytes_per_clip"]
+    assert rows["ours-none"]["saved_bytes_per_clip"] < rows["published-like-fp32"]["saved_bytes_per_clip"]
+    assert rows["ours-none"]["reads"] == 0
+    assert line["model"].startswith("classifier nano")
+
+
 def check_the_rest(out: Path) -> None:
     """Memory, throughput, profile, kernels."""
     memory = result(out, "memory")
@@ -65,10 +76,10 @@ def check_report(out: Path) -> None:
     text = (out / "page" / "results.md").read_text()
     assert all(f"{row['ms']:.1f} [" in text for row in result(out, "step")["rows"])
     assert "| (c) decoder | 8 blocks | 21.3 | published-like-fp32 |" in text
-    assert text.count("A quick run at tiny sizes") == 6
+    assert text.count("A quick run at tiny sizes") == 7
     assert "| gather_tokens | full | cpp |" in text
     pictures = sorted((out / "page" / "results").iterdir())
-    assert [path.name.partition("_")[0] for path in pictures] == ["memory", "step", "throughput"]
+    assert [path.name.partition("_")[0] for path in pictures] == ["finetune", "memory", "step", "throughput"]
     assert all(f"(results/{path.name})" in text for path in pictures)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 

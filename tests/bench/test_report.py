@@ -17,6 +17,7 @@ def a_step(device: str, driver: str, **memory: int) -> report.Result:
     ]
     return {
         "conditions": {**machine, "commit": "abc", "date": "2026-01-02", "load": "0.1"},
+        "command": "step",
         "file": "step_x",
         "quick": False,
         "model": "base",

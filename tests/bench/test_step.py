@@ -14,12 +14,27 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from adamae_fast.cli import main as adamae_fast
 from adamae_fast.config import ModelConfig
 from adamae_fast.ops.registry import NAMESPACE
+from adamae_fast.plan.work import classifier_flops
 from adamae_fast.train.step import Stepper
-from bench import arms, checkout, command, conditions, memory, profile, saved, step, throughput
+from bench import (
+    arms,
+    checkout,
+    command,
+    conditions,
+    finetune_arms,
+    memory,
+    models,
+    profile,
+    saved,
+    step,
+    throughput,
+)
+from bench.parity import Parity, PretrainParity
 from bench.timing import Plan
 
 # torch's compiler looks at .grad of what crosses from one graph to the next.
@@ -41,13 +56,13 @@ def published_checkout() -> checkout.Checkout | None:
 
 
 @pytest.fixture(scope="module")
-def built() -> tuple[dict[str, arms.Arm], arms.Skipped, arms.Parity]:
+def built() -> tuple[dict[str, arms.Arm], arms.Skipped, Parity]:
     model, mask = command.TINY
     setting = arms.Setting(model=model, mask=mask, batch_size=2, device=CPU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arms, "COMPILE_BACKEND", "eager")
         build, skipped = arms.builders(setting, arms.plan_for(CPU, published_checkout()))
-        return {name: make() for name, make in build.items()}, skipped, arms.Parity(setting)
+        return {name: make() for name, make in build.items()}, skipped, PretrainParity(setting)
 
 
 def test_every_arm_gives_the_loss_and_the_gradients_of_the_reference(built) -> None:
@@ -56,6 +71,64 @@ def test_every_arm_gives_the_loss_and_the_gradients_of_the_reference(built) -> N
     assert {name: parity.fault(arm) for name, arm in all_arms.items()} == dict.fromkeys(all_arms)
     if "ADAMAE_PUBLISHED" not in os.environ:
         assert skipped["published-fp32"].startswith("not measured")
+
+
+@pytest.fixture(scope="module")
+def built_classifiers() -> tuple[dict[str, arms.Arm], arms.Skipped, Parity]:
+    """All arms of fine-tuning."""
+    model, mask = command.TINY
+    setting = arms.Setting(model=model, mask=mask, batch_size=2, device=CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arms, "COMPILE_BACKEND", "eager")
+        build, skipped = finetune_arms.builders(setting, arms.plan_for(CPU, published_checkout()))
+        return {name: make() for name, make in build.items()}, skipped, finetune_arms.FinetuneParity(setting)
+
+
+def test_every_arm_of_fine_tuning_agrees_with_the_reference(built_classifiers) -> None:
+    all_arms, skipped, parity = built_classifiers
+    assert {"published-like-fp32", "tuned", "tuned+compile"} < set(all_arms)
+    assert {f"ours-{policy}" for policy in ("none", "pointwise", "fc1", "block")} < set(all_arms)
+    assert "ours-none@reference" in all_arms
+    assert {name: parity.fault(arm) for name, arm in all_arms.items()} == dict.fromkeys(all_arms)
+    if "ADAMAE_PUBLISHED" not in os.environ:
+        assert skipped["published-fp32"].startswith("not measured")
+
+
+def test_a_classifier_that_sees_other_clips_labels_or_positions_is_found(built_classifiers) -> None:
+    """The head's first weights are large enough for the loss to depend on all of them."""
+    all_arms, _, parity = built_classifiers
+    arm = all_arms["tuned"]
+    for holder, name in ((arm, "clips"), (arm, "_targets"), (arm.model, "positions_ND")):
+        kept = getattr(holder, name)
+        setattr(holder, name, kept.flip(0))
+        assert "is off by" in parity.fault(arm)
+        setattr(holder, name, kept)
+    assert parity.fault(arm) is None
+
+
+def test_arms_of_fine_tuning_keep_what_their_policy_says_and_run_their_attention(built_classifiers) -> None:
+    all_arms, _, _ = built_classifiers
+    rows = {
+        name: step.memory_on_cpu(arm) | step.backends_of(arm, profile.profiled(arm.step, CPU))
+        for name, arm in all_arms.items()
+        if name.startswith(("ours", "published-like"))
+    }
+    kept = [rows[f"ours-{policy}"]["saved_bytes_per_clip"] for policy in ("none", "pointwise", "fc1", "block")]
+    assert kept == sorted(set(kept), reverse=True)
+    assert rows["published-like-fp32"]["saved_bytes_per_clip"] > rows["ours-none@reference"]["saved_bytes_per_clip"]
+    assert rows["ours-none"]["attention"] == {"encoder": "sdpa"}
+    assert rows["ours-none"]["attention_ran"]
+    assert rows["ours-none@reference"]["attention"] == {"encoder": "reference"}
+    assert rows["ours-none@reference"]["attention_ran"] == {}
+
+
+def test_arithmetic_of_a_classifier_is_what_torch_counts() -> None:
+    model, mask = command.TINY
+    setting = arms.Setting(model=model, mask=mask, batch_size=1, device=CPU)
+    network = models.PublishedLikeClassifier(model, finetune_arms.NUM_CLASSES, 0.0)
+    with FlopCounterMode(display=False) as counter:
+        network(arms.normalize(setting.draw_video()), finetune_arms.draw_targets(setting)).backward()
+    assert classifier_flops(model, finetune_arms.NUM_CLASSES) == counter.get_total_flops()
 
 
 def test_another_loss_or_gradient_is_found(built, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +155,7 @@ def test_parity_is_parity_with_the_references() -> None:
     model, mask = command.TINY
     setting = arms.Setting(model=model, mask=mask, batch_size=2, device=CPU)
     with Watch():
-        arms.Parity(setting)
+        PretrainParity(setting)
     assert {f"{NAMESPACE}.{name}.reference" for name in ("sample_visible", "embed_tubelets_backward")} <= seen
     assert all(name.endswith(".reference") for name in seen)
 
@@ -160,7 +233,7 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
 
 
 def test_rows_of_another_batch_size_stay_where_all_else_is_the_same(tmp_path: Path) -> None:
-    options = argparse.Namespace(out=tmp_path, quick=True)
+    options = argparse.Namespace(out=tmp_path, quick=True, task="pretrain")
 
     def measured(batch: int, ms: float, published: str | None = None, **other: str) -> dict:
         taken = {"device": "cpu", "cores": "2", "commit": "abc", "date": f"day {batch}", "load": "0", **other}
