@@ -154,6 +154,18 @@ def _convert(parser: ArgumentParser, arguments: Namespace) -> int:
     return 0
 
 
+def _plan_arguments(parser: ArgumentParser) -> None:
+    from adamae_fast.plan.command import add_plan_arguments
+
+    add_plan_arguments(parser)
+
+
+def _plan(parser: ArgumentParser, arguments: Namespace) -> int:
+    from adamae_fast.plan.command import run_plan
+
+    return run_plan(parser, arguments)
+
+
 _MEASUREMENTS = {
     "step": "a whole training step: time, memory and agreement of ours with other implementations",
     "memory": "the memory column of the paper's Table 1",
@@ -208,6 +220,7 @@ COMMANDS = {
     "evaluate": Command("Test a classifier with several views of each video.", _evaluate_arguments, _evaluate),
     "visualize": Command("Draw what a checkpoint sees, masks and predicts.", _visualize_arguments, _visualize),
     "convert": Command("Convert from and to published AdaMAE, VideoMAE, transformers.", _convert_arguments, _convert),
+    "plan": Command("What a run takes on many GPUs, before it is paid for.", _plan_arguments, _plan),
     "bench": Command("Measure time and memory, in a checkout: adamae-fast bench step.", _bench_arguments, _bench),
 }
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adamae_fast.config import DecoderConfig, MaskConfig, ModelConfig, Recompute, SamplerConfig
+from adamae_fast.plan import work
 from bench import arms, command, conditions, predict
 from bench.arms import Builder, Setting
 from bench.checkout import Checkout
@@ -115,7 +116,7 @@ def on_gpu(case: Case, setting: Setting, checkout: Checkout | None) -> dict[str,
         except torch.cuda.OutOfMemoryError:
             row[arm] = "out of memory"
     for policy in OURS:
-        row[f"predicted-{policy}"] = predict.device_bytes(case.model, case.mask, policy, setting.batch_size)
+        row[f"predicted-{policy}"] = work.device_bytes(case.model, case.mask, policy, setting.batch_size)
     return row
 
 
@@ -133,11 +134,11 @@ def on_cpu(case: Case, setting: Setting, checkout: Checkout | None) -> dict[str,
 
     row["published"] = counted("published")
     row["predicted-published"] = predict.kept_bytes_published(case.model, case.mask)
-    once = predict.kept_bytes_once(case.model, case.mask) / setting.batch_size
+    once = work.kept_bytes_once(case.model, case.mask) / setting.batch_size
     for policy in OURS:
         row[f"ours-{policy}"] = counted(f"ours-{policy}")
-        row[f"predicted-{policy}"] = round(predict.kept_bytes(case.model, case.mask, policy).total() + once)
-        row[f"gpu-predicted-{policy}"] = predict.device_bytes(case.model, case.mask, policy, 16)
+        row[f"predicted-{policy}"] = round(work.kept_bytes(case.model, case.mask, policy).total() + once)
+        row[f"gpu-predicted-{policy}"] = work.device_bytes(case.model, case.mask, policy, 16)
     return row
 
 
@@ -175,7 +176,7 @@ def largest_batches(options: argparse.Namespace, setting: Setting, checkout: Che
     for policy in OURS:
 
         def predicted(batch: int, policy: Recompute = policy) -> bool:
-            return predict.device_bytes(setting.model, setting.mask, policy, batch) <= limit
+            return work.device_bytes(setting.model, setting.mask, policy, batch) <= limit
 
         found[f"ours-{policy}"] = largest(predicted, 64)
     if setting.device.type == "cpu":

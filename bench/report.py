@@ -238,7 +238,7 @@ def memory_section(result: Result) -> list[str]:
         if isinstance(row[key], int)
     ]
     if errors:
-        lines += [f"The predictor (`bench/predict.py`) is off from these by at most {max(errors):.2%}.", ""]
+        lines += [f"The predictor (`adamae_fast/plan/work.py`) is off from these by at most {max(errors):.2%}.", ""]
     if largest := result["largest_batch"]:
         found = ", ".join(f"{key} {value}" for key, value in largest.items() if key not in ("memory_gb", "how"))
         published = "" if "published" in largest else f"; published: {MISSING}"

@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from adamae_fast.ops import library, triton_kernels
+from adamae_fast.plan import work
 from bench import arms, command, conditions, predict
 from bench.arms import Arm, Builder, Parity, Setting, Skipped
 from bench.peak import peak_extra_bytes
@@ -94,7 +95,7 @@ def memory_on_cpu(arm: Arm) -> Row:
 def timing_row(timing: Timing, setting: Setting, device_name: str) -> Row:
     """Milliseconds by the clock and of CPU time, clips and tokens a second, share of the peak where that is known."""
     clips = setting.batch_size / timing.median
-    flops, peak = predict.step_flops(setting.model, setting.mask), predict.peak_flops(device_name)
+    flops, peak = work.step_flops(setting.model, setting.mask), predict.peak_flops(device_name)
     return {
         "ms": round(timing.median * 1e3, 3),
         "ms_p20": round(timing.p20 * 1e3, 3),
@@ -102,7 +103,7 @@ def timing_row(timing: Timing, setting: Setting, device_name: str) -> Row:
         "steps": timing.num_calls,
         "cpu_ms": None if timing.cpu is None else round(timing.cpu * 1e3, 3),
         "clips_per_s": round(clips, 3),
-        "tokens_per_s": round(clips * predict.sizes_of(setting.model, setting.mask).num_tokens, 1),
+        "tokens_per_s": round(clips * work.sizes_of(setting.model, setting.mask).num_tokens, 1),
         "mfu": None if peak is None else round(clips * flops / peak, 4),
     }
 
@@ -265,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
         "conditions": taken,
         "published_checkout": checkout.commit if checkout else None,
         "model": f"{first.model.size}, {first.model.num_frames}×{first.model.frame_size}², ratio {first.mask.ratio}",
-        "gflop_per_clip": round(predict.step_flops(first.model, first.mask) / 1e9, 1),
+        "gflop_per_clip": round(work.step_flops(first.model, first.mask) / 1e9, 1),
         "rows": rows,
         "skipped": skipped,
     }

@@ -1,0 +1,1 @@
+"""``adamae-fast plan``: what a run takes before it is paid for, and a rehearsal of its set-up without a GPU."""

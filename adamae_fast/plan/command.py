@@ -1,0 +1,81 @@
+"""The command ``adamae-fast plan``: recipe and options in, table or JSON out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from adamae_fast.config import PretrainConfig, add_fields, add_run_arguments, build_config
+from adamae_fast.plan.calibration import calibration
+from adamae_fast.plan.options import PlanOptions
+from adamae_fast.plan.planner import Figure, Plan, make_plan
+
+
+def add_plan_arguments(parser: ArgumentParser) -> None:
+    """Every option of the plan, and every key of a recipe."""
+    add_fields(parser, PlanOptions)
+    parser.add_argument("--json", action="store_true", help="Print one JSON object in place of the table.")
+    add_run_arguments(parser, PretrainConfig)
+
+
+def run_plan(parser: ArgumentParser, arguments: Namespace) -> int:
+    """Plan and print; 0."""
+    options = build_config(parser, arguments, PlanOptions)
+    for key, value in options.recipe_overrides(arguments["train.batch_size"]).items():
+        arguments[key] = value
+    config = build_config(parser, arguments, PretrainConfig)
+    plan = make_plan(config, options, calibration())
+    if arguments.json:
+        print(json.dumps(as_json(plan, options)))
+    else:
+        print_plan(plan, Console())
+    return 0
+
+
+def as_json(plan: Plan, options: PlanOptions) -> dict[str, object]:
+    """Everything of the table. ``high`` is the other end of a figure that is a range, else null."""
+    return {
+        "command": "plan",
+        "title": plan.title,
+        "options": asdict(options),
+        "figures": {key: asdict(figure) for key, figure in plan.figures.items()},
+        "warnings": plan.warnings,
+    }
+
+
+def shown(figure: Figure) -> str:
+    """Value or range, and the unit."""
+    ends = [_digits(x) for x in (figure.value, figure.high) if x is not None]
+    if len(ends) == 2 and ends[0] == ends[1]:
+        ends.pop()
+    return " ".join(filter(None, [" – ".join(ends), figure.unit]))
+
+
+def _digits(value: float) -> str:
+    """Three figures that count; whole numbers whole."""
+    if float(value).is_integer():
+        return f"{value:,.0f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """What a person reads."""
+    console.width = max(console.width, 120)
+    table = Table("", "", "basis", Column("how", overflow="fold"), title=escape(plan.title))
+    group = ""
+    for figure in plan.figures.values():
+        if figure.group != group:
+            group = figure.group
+            table.add_section()
+            table.add_row(f"[bold]{group}")
+        colour = {"measured": "green", "exact": "default", "modelled": "yellow"}[figure.basis]
+        basis = f"[{colour}]{figure.basis}"
+        table.add_row(f"  {figure.name}", shown(figure), basis, escape(figure.how))
+    console.print(table)
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
