@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 from adamae_fast.config import MaskConfig, ModelConfig, Precision, Recompute
 from adamae_fast.grid import NUM_CHANNELS, TokenGrid
@@ -129,6 +130,7 @@ def kept_bytes_once(model: ModelConfig, mask: MaskConfig) -> int:
     return (s.decoder.width + 1) * s.pixels_per_token * FP32
 
 
+@cache
 def num_parameters(model: ModelConfig, mask: MaskConfig) -> int:
     """Of the whole network."""
     return sum(math.prod(shape) for shape in parameter_shapes(model, mask).values())

@@ -1,0 +1,27 @@
+"""What plans start from is what the result files hold, and a result from a GPU is taken up."""
+
+import json
+
+from adamae_fast.plan.calibration import PATH, Calibration
+from bench import report, scaling_page
+from tests.bench.test_report import a_step
+
+
+def test_the_calibration_is_that_of_the_committed_results() -> None:
+    """``python -m bench.scaling_page`` writes it again."""
+    found = report.read(report.RESULTS)
+    assert PATH.read_text() == scaling_page.as_json(scaling_page.calibrate(found))
+
+
+def test_steps_of_known_gpus_are_taken_up() -> None:
+    of_data = report.read(report.RESULTS)["data"]
+    steps = [
+        a_step("NVIDIA H200", "570", allocated_bytes=5_600_000_000, reserved_bytes=6_000_000_000),
+        a_step("Intel(R) Xeon(R) Processor", "", saved_bytes_per_clip=1, peak_extra_bytes=1),
+        {**a_step("NVIDIA H200", "570", allocated_bytes=1), "quick": True},
+    ]
+    found = scaling_page.calibrate({"step": steps, "data": of_data})
+    (row,) = found.steps
+    assert (row.gpu, row.arm, row.batch, row.seconds) == ("h200", "ours-none", 16, 0.045)
+    assert (row.allocated_bytes, row.source) == (5_600_000_000, "bench/results/step_x.json")
+    assert Calibration.from_json(json.loads(scaling_page.as_json(found))) == found
