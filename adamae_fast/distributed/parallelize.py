@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -59,13 +58,9 @@ def _replicate(model: nn.Module, config: DistributedConfig) -> DistributedDataPa
     options: dict[str, Any] = {no_sync: False, "gradient_as_bucket_view": True}
     replica = DistributedDataParallel(model, **options)
     if config.gradient_compression == "bf16":
-        replica.register_comm_hook(None, _compress)
+        # Within another function, since under its own name PyTorch refuses it where there is no NCCL.
+        replica.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
     return replica
-
-
-def _compress(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """PyTorch's own, which under its own name is refused without NCCL."""
-    return bf16_compress_hook(group, bucket)  # type: ignore[arg-type]
 
 
 def describe_sharing(config: RunConfig, world: World) -> str:

@@ -76,7 +76,7 @@ class BaseStepper(ABC, Generic[ModelT]):
         self._network = parallelize(self.model, config.distributed, world, device, config.train.precision)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-        self.guard = FiniteGuard((*figures, "grad_norm"), device, world)
+        self.guard = FiniteGuard((*figures, "grad_norm"), device, world, num_common=1 if world.size > 1 else 0)
         self.forward_time = Stopwatch(device)
         """What this process takes for its share before it waits for the others'; measured where there are others."""
         self._figure_names = figures
