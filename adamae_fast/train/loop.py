@@ -48,6 +48,7 @@ def take_steps(
         closing(batches),
         MetricsLog(run, first_step, tensorboard=config.log.tensorboard) as metrics_log,
         ProgressLine(console, first_step, schedule.total_steps) as progress,
+        checkpoint.CheckpointSaver(run, config) as saver,
     ):
 
         def report() -> None:
@@ -71,10 +72,7 @@ def take_steps(
             nonlocal saved
             stepper.check()
             state = checkpoint.RunState(step=step, num_videos=num_videos, loss_scale=stepper.scaler.state_dict())
-            best = run.best_checkpoint()
-            checkpoint.save_checkpoint(
-                run, config, stepper.model, stepper.optimizer, state, stepper.averaged, [best] if best else []
-            )
+            saver.save(stepper.model, stepper.optimizer, state, stepper.averaged)
             saved = step
 
         def catch_up() -> None:

@@ -1,0 +1,119 @@
+"""Checkpoints of several processes: each writes and reads its own part, by torch.distributed.checkpoint.
+
+The parts (shards) are safetensors files whose headers say where in which tensor they belong; no file is unpickled. A
+tensor that is the same in all processes (DDP) is written by one of them, and the tensors are dealt out evenly. Weights
+are put together afterwards, so that every checkpoint has them whole; the optimizer's moments stay in shards, which any
+number of processes can read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from adamae_fast.tensor_file import write_tensors_file
+
+_IN_FILE = ":"
+"""Between a file's name and a tensor's, in the shards of what becomes a whole file."""
+
+
+def build_stager(on_cuda: bool) -> DefaultStager:
+    """Return what copies tensors to host memory, on CUDA to page-locked memory that it keeps for the next time."""
+    options = StagingOptions(
+        use_pinned_memory=on_cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_cuda
+    )
+    return DefaultStager(options)
+
+
+def write_shards(
+    folder: Path,
+    whole: Mapping[str, Mapping[str, Tensor]],
+    moments: Mapping[str, Tensor],
+    complete: Callable[[], None],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write ``moments`` as shards into ``folder``, and each file of ``whole`` beside the folder, in one piece.
+
+    Then the first process calls ``complete``. Every process must call this, with tensors of the same names: DTensors,
+    of which each has its part, or plain ones that are equal everywhere. ``group`` carries what they agree on; a thread
+    beside the training needs one of its own.
+
+    Raises OSError in every process if one of them could not write.
+    """
+    tensors = {f"{file}{_IN_FILE}{name}": tensor for file, named in whole.items() for name, tensor in named.items()}
+    # A file of its own for the shards of each file, so that no shards are rewritten when the weights among them leave.
+    numbers = {name: 1 + list(whole).index(name.partition(_IN_FILE)[0]) for name in tensors}
+    numbers |= dict.fromkeys(moments, 1 + len(whole))
+    writer = _ShardWriter(folder, list(whole), numbers, complete)
+    try:
+        dcp.save({**tensors, **moments}, storage_writer=writer, process_group=group)
+    except dcp.CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        failure = OSError(f"process {rank}: {type(cause).__name__}: {cause}")
+        failure.errno = getattr(cause, "errno", None)
+        raise failure from error
+
+
+class _ShardWriter(dcp.HuggingFaceStorageWriter):
+    """Puts whole files together once every process has written its shards; an error in that reaches all of them."""
+
+    def __init__(self, folder: Path, files: list[str], numbers: dict[str, int], complete: Callable[[], None]) -> None:
+        super().__init__(str(folder), fqn_to_index_mapping=numbers, save_distributed=True)
+        self._folder, self._files, self._complete = folder, files, complete
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Runs in the first process."""
+        for file in self._files:
+            targets = {
+                name: torch.empty(stored.size, dtype=stored.properties.dtype)
+                for name, stored in metadata.state_dict_metadata.items()
+                if name.startswith(f"{file}{_IN_FILE}")
+            }
+            _read(self._folder, targets, alone=True)
+            tensors = {name.partition(_IN_FILE)[2]: tensor for name, tensor in targets.items()}
+            write_tensors_file(tensors, self._folder.parent / file)
+        for shard in self._folder.iterdir():
+            with safe_open(shard, "pt") as tensors:
+                is_in_whole_file = any(_IN_FILE in name for name in tensors.keys())  # noqa: SIM118
+            if is_in_whole_file:
+                shard.unlink()
+        self._complete()
+
+
+def read_moments(folder: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Read what :func:`write_shards` wrote of the optimizer's state, each tensor split as its parameter is.
+
+    The number of processes may be another than when it was written; each reads only its part of a split tensor.
+    """
+    targets: dict[str, Tensor] = {}
+    for name, stored in dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+        parameter = parameters.get(name.rpartition(".")[0])
+        if parameter is not None and parameter.shape == stored.size:
+            targets[name] = torch.empty_like(parameter, dtype=stored.properties.dtype, requires_grad=False)
+        else:
+            targets[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
+    _read(folder, targets, alone=not dist.is_initialized())
+    return targets
+
+
+def split_like(whole: Tensor, like: Tensor) -> Tensor:
+    """Return this process's part of ``whole``, as ``like`` is split; ``whole`` itself where ``like`` is not."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _read(folder: Path, targets: dict[str, Tensor], alone: bool) -> None:
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # reading alone is meant
+    dcp.load(targets, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
