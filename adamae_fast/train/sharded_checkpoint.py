@@ -59,10 +59,7 @@ def write_shards(
     try:
         dcp.save({**tensors, **moments}, storage_writer=writer, process_group=group)
     except dcp.CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        failure = OSError(f"process {rank}: {type(cause).__name__}: {cause}")
-        failure.errno = getattr(cause, "errno", None)
-        raise failure from error
+        raise _first_failure(error) from error
 
 
 class _ShardWriter(dcp.HuggingFaceStorageWriter):
@@ -74,6 +71,13 @@ class _ShardWriter(dcp.HuggingFaceStorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Runs in the first process."""
+        written = {result.storage_data.relative_path for of_one in results for result in of_one}
+        unseen = sorted(written - {path.name for path in self._folder.iterdir()})
+        if unseen:
+            raise FileNotFoundError(
+                f"{unseen[0]}, which another process wrote, is not there; output_dir must be a folder that all "
+                "machines of the run share"
+            )
         for file in self._files:
             targets = {
                 name: torch.empty(stored.size, dtype=stored.properties.dtype)
@@ -116,4 +120,15 @@ def split_like(whole: Tensor, like: Tensor) -> Tensor:
 
 def _read(folder: Path, targets: dict[str, Tensor], alone: bool) -> None:
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # reading alone is meant
-    dcp.load(targets, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    try:
+        dcp.load(targets, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    except dcp.CheckpointException as error:
+        raise _first_failure(error) from error
+
+
+def _first_failure(error: dcp.CheckpointException) -> OSError:
+    """An error of the usual kind: PyTorch's is no Exception, and prints the tracebacks of all processes."""
+    rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+    failure = OSError(f"process {rank}: {type(cause).__name__}: {cause}")
+    failure.errno = getattr(cause, "errno", None)
+    return failure

@@ -164,6 +164,18 @@ def fail(folder: Path) -> None:
             with pytest.raises(OSError, match=r"step_00000003 could not be written .*process 1.*No space") as caught:
                 saver.wait()
         assert caught.value.errno == 28
+
+        # A disk that the first process does not see.
+        def write_elsewhere(writer: sharded_checkpoint._ShardWriter, *args: object) -> object:
+            written = write_data(writer, *args)
+            for shard in writer.path.glob("shard-00002-*") if dist.get_rank() == 1 else ():
+                shard.unlink()
+            return written
+
+        with mock.patch.object(sharded_checkpoint._ShardWriter, "write_data", write_elsewhere):
+            saver.save(model, optimizer, state(3))
+            with pytest.raises(OSError, match=r"shard-00002.* is not there; output_dir must be .* share"):
+                saver.wait()
         # A disk that is full at the end.
         with mock.patch.object(checkpoint, "save_config", mock.Mock(side_effect=FULL)):
             saver.save(model, optimizer, state(3))
