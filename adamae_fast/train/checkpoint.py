@@ -52,6 +52,9 @@ TRAINED_FILE = "trained.safetensors"
 STATE_FILE = "state.json"
 _UNFINISHED = ".unfinished_"
 
+_Files = dict[str, dict[str, Tensor]]
+"""What a checkpoint's files hold, by their names."""
+
 log = logging.getLogger("adamae_fast")
 
 
@@ -139,28 +142,34 @@ class CheckpointSaver:
         files[OPTIMIZER_FILE] = _optimizer_tensors(model, optimizer)
 
         first_process_does(partial(_begin, self._run, draft))
-        if is_spread() and self._group is None:
-            self._group = dist.new_group(backend="gloo")  # the thread's own: the training talks over the other one
         complete = partial(_complete, self._run, self._config, state, draft, self._run.best_checkpoint())
+        write: Callable[[_Files], None] = partial(_write_whole, draft, complete=complete)
+        if is_spread():
+            from adamae_fast.train.sharded_checkpoint import own_share, write_shards
+
+            if self._group is None:
+                self._group = dist.new_group(backend="gloo")  # the thread's own: the training talks over the other one
+            names = {file: list(tensors) for file, tensors in files.items()}
+            folder = draft / OPTIMIZER_FOLDER
+            write = partial(write_shards, folder, names=names, complete=complete, group=self._group)
+            files = own_share(files)
         if self._config.checkpoint.asynchronous:
-            staged = self._copy_to_host(files)
-            assert self._thread is not None
-            self._under_way = self._thread.submit(_write, draft, staged, complete, self._group)
+            self._under_way = self._write_beside(draft, write, files, next(model.parameters()).device)
         else:
-            _write(draft, files, complete, self._group)
+            _write(draft, write, files)
         return target
 
-    def _copy_to_host(self, files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    def _write_beside(
+        self, draft: Path, write: Callable[[_Files], None], files: _Files, device: torch.device
+    ) -> Future[None]:
         if self._stager is None or self._thread is None:
             from adamae_fast.train.sharded_checkpoint import build_stager
 
-            on_cuda = any(tensor.is_cuda for tensors in files.values() for tensor in tensors.values())
-            self._stager = build_stager(on_cuda)
+            self._stager = build_stager(device.type == "cuda")
             # A new thread would look at the first GPU, whichever is this process's.
-            set_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if on_cuda else None
+            set_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
             self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=set_device)
-        staged: dict[str, dict[str, Tensor]] = self._stager.stage(files)
-        return staged
+        return self._thread.submit(_write, draft, write, self._stager.stage(files))
 
 
 def save_checkpoint(
@@ -187,22 +196,9 @@ def _begin(run: RunFolder, draft: Path) -> None:
     draft.mkdir(parents=True)
 
 
-def _write(
-    draft: Path,
-    files: Mapping[str, Mapping[str, Tensor]],
-    complete: Callable[[], None],
-    group: dist.ProcessGroup | None,
-) -> None:
+def _write(draft: Path, write: Callable[[_Files], None], files: _Files) -> None:
     try:
-        if group is None:
-            for name, tensors in files.items():
-                write_tensors_file(dict(tensors), draft / name)
-            complete()
-        else:
-            from adamae_fast.train.sharded_checkpoint import write_shards
-
-            weights = {name: tensors for name, tensors in files.items() if name != OPTIMIZER_FILE}
-            write_shards(draft / OPTIMIZER_FOLDER, weights, files[OPTIMIZER_FILE], complete, group)
+        write(files)
     except (OSError, SafetensorError) as error:
         if process_index() == 0:
             shutil.rmtree(draft, ignore_errors=True)  # its space may be what is missing
@@ -210,6 +206,12 @@ def _write(
         failure = OSError(f"{draft.with_name(step)} could not be written ({error}); the checkpoints before it are kept")
         failure.errno = getattr(error, "errno", None)
         raise failure from error
+
+
+def _write_whole(draft: Path, files: _Files, complete: Callable[[], None]) -> None:
+    for name, tensors in files.items():
+        write_tensors_file(tensors, draft / name)
+    complete()
 
 
 def _complete(run: RunFolder, config: RunConfig, state: RunState, draft: Path, best: Path | None) -> None:

@@ -9,7 +9,7 @@ number of processes can read.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from adamae_fast.tensor_file import write_tensors_file
+from adamae_fast.train.processes import num_processes, process_index
 
 _IN_FILE = ":"
 """Between a file's name and a tensor's, in the shards of what becomes a whole file."""
@@ -36,28 +37,48 @@ def build_stager(on_cuda: bool) -> DefaultStager:
     return DefaultStager(options)
 
 
+def own_share(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Return what this process writes: its parts of split tensors, and its share of those that all processes have.
+
+    The latter are dealt out by size, so that none copies or writes what another one does.
+    """
+    shares: dict[str, dict[str, Tensor]] = {}
+    for file, tensors in files.items():
+        equal = [name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)]
+        equal.sort(key=lambda name: (-tensors[name].numel(), name))
+        others = set(equal) - set(equal[process_index() :: num_processes()])
+        shares[file] = {name: tensor for name, tensor in tensors.items() if name not in others}
+    return shares
+
+
 def write_shards(
     folder: Path,
-    whole: Mapping[str, Mapping[str, Tensor]],
-    moments: Mapping[str, Tensor],
+    shares: Mapping[str, Mapping[str, Tensor]],
+    names: Mapping[str, Collection[str]],
     complete: Callable[[], None],
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write ``moments`` as shards into ``folder``, and each file of ``whole`` beside the folder, in one piece.
+    """Write the tensors of the last one of the files as shards into ``folder``; each other file whole, beside it.
 
-    Then the first process calls ``complete``. Every process must call this, with tensors of the same names: DTensors,
-    of which each has its part, or plain ones that are equal everywhere. ``group`` carries what they agree on; a thread
-    beside the training needs one of its own.
+    Then the first process calls ``complete``. Every process must call this.
+
+    Args:
+        folder: for the shards.
+        shares: this process's :func:`own_share` of each file.
+        names: of all tensors of each file.
+        complete: what is done when all is written; if that fails, all has failed.
+        group: carries what the processes agree on; a thread beside the training needs one of its own.
 
     Raises OSError in every process if one of them could not write.
     """
-    tensors = {f"{file}{_IN_FILE}{name}": tensor for file, named in whole.items() for name, tensor in named.items()}
+    *whole, in_shards = names
+    prefixes = {**{file: f"{file}{_IN_FILE}" for file in whole}, in_shards: ""}
     # A file of its own for the shards of each file, so that no shards are rewritten when the weights among them leave.
-    numbers = {name: 1 + list(whole).index(name.partition(_IN_FILE)[0]) for name in tensors}
-    numbers |= dict.fromkeys(moments, 1 + len(whole))
-    writer = _ShardWriter(folder, list(whole), numbers, complete)
+    numbers = {prefixes[file] + name: 1 + i for i, file in enumerate(names) for name in names[file]}
+    tensors = {prefixes[file] + name: tensor for file, share in shares.items() for name, tensor in share.items()}
+    writer = _ShardWriter(folder, whole, numbers, complete)
     try:
-        dcp.save({**tensors, **moments}, storage_writer=writer, process_group=group)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
     except dcp.CheckpointException as error:
         raise _first_failure(error) from error
 
@@ -96,7 +117,7 @@ class _ShardWriter(dcp.HuggingFaceStorageWriter):
 
 
 def read_moments(folder: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Read what :func:`write_shards` wrote of the optimizer's state, each tensor split as its parameter is.
+    """Read the optimizer's state that :func:`write_shards` wrote, each tensor split as its parameter is.
 
     The number of processes may be another than when it was written; each reads only its part of a split tensor.
     """
