@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from adamae_fast.config import PretrainConfig, RunConfig
 from adamae_fast.config_distributed import check_world
 from adamae_fast.data.loader import Batch
 from adamae_fast.device import Uploader, arithmetic, product_dtype, upload
-from adamae_fast.distributed.parallelize import only_last_syncs, parallelize
+from adamae_fast.distributed.parallelize import load_whole, only_last_syncs, parallelize, whole
 from adamae_fast.distributed.world import World
 from adamae_fast.model.adamae import AdaMAE, AdaMAEOutput
 from adamae_fast.model.classifier import VideoClassifier
@@ -177,6 +177,10 @@ class BaseStepper(ABC, Generic[ModelT]):
         values, own = (torch.cat((figures, norm[None])) for figures in (self._figures, own_figures))
         self.guard.observe(self._step_on_device, values, own)
 
+    def take_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the model's weights by whole ones, of which each process takes its share."""
+        load_whole(self.model, weights, self._world)
+
     def check(self) -> None:
         """Wait for the device; raise NonFiniteError if a step so far was bad, or if fp16 finds no scale that works."""
         self.guard.check()
@@ -237,11 +241,6 @@ def micro_batch_seed(seed: int, step: int, place: int) -> int:
     A hash, so that every bit counts.
     """
     return int(np.random.SeedSequence(seed, spawn_key=(step, 1 + place)).generate_state(1)[0])
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return ``tensor``, put together where each process has a share of it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def mask_seeds(seed: int, step: int, first_clip: int, num_clips: int) -> Tensor:

@@ -1,6 +1,7 @@
 """What the tests look at, computed in one program: steps and runs of 1, 2 and 4 processes.
 
-``python -m tests.distributed.scenarios FOLDER MANIFEST`` leaves a folder for each scenario.
+``python -m tests.distributed.scenarios FOLDER MANIFEST [NAME…]`` leaves a folder for each scenario. What a process
+would import on its way is imported before it is forked.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import av  # noqa: F401
 import torch
+import torch._dynamo
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.fsdp
 import yaml
 from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
@@ -25,10 +30,11 @@ from adamae_fast.cli import main
 from adamae_fast.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig, SamplerConfig, TrainConfig
 from adamae_fast.config_distributed import DistributedConfig
 from adamae_fast.data.quarantine import DataStoppedError
+from adamae_fast.distributed.parallelize import whole
 from adamae_fast.distributed.world import joined
-from adamae_fast.train import loop, step
+from adamae_fast.train import pretrain, sharded_checkpoint, step
 from adamae_fast.train.compile import compile_blocks
-from adamae_fast.train.step import Stepper, whole
+from adamae_fast.train.step import Stepper
 from tests.distributed.processes import run_world
 
 SIZES = {"size": "nano", "num_frames": 4, "frame_size": 32, "tubelet_size": 2, "patch_size": 16}  # 8 tokens
@@ -164,8 +170,6 @@ def broken_data(rank: int, call: Callable[[], Any]) -> Any:
                 raise DataStoppedError("a data worker died")
             yield batch
 
-    from adamae_fast.train import pretrain
-
     original = pretrain.clip_batches
     with patch.object(pretrain, "clip_batches", batches):
         return call()
@@ -173,16 +177,16 @@ def broken_data(rank: int, call: Callable[[], Any]) -> Any:
 
 def full_disk(rank: int, call: Callable[[], Any]) -> Any:
     """The second checkpoint finds no space."""
-    original, calls = loop.checkpoint.write_tensors_file, []
+    original, calls = sharded_checkpoint.write_tensors_file, []
 
     def write(tensors, path, metadata=None):
         calls.append(path)
-        if len(calls) > 2:  # weights and moments of the first
+        if len(calls) > 1:
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
         original(tensors, path, metadata)
 
-    with patch.object(loop.checkpoint, "write_tensors_file", write):
+    with patch.object(sharded_checkpoint, "write_tensors_file", write):
         return call()
 
 
@@ -221,6 +225,9 @@ def all_scenarios(root: Path, manifest: Path) -> dict[str, tuple[int, Callable[[
     run("run_2", 2)
     run("run_2_begins", 2, "--train.steps", "6", "--log.every", "2", wrapped=broken_data, into="stopped")
     run("run_1_goes_on", 1, *two, into="stopped")
+    run("run_fsdp2", 2, "--distributed.mode", "fsdp2", "--checkpoint.asynchronous", "true")
+    run("run_fsdp2_begins", 2, "--distributed.mode", "fsdp2", wrapped=broken_data, into="stopped_fsdp2")
+    run("run_ddp_goes_on", 2, into="stopped_fsdp2")
     run("run_4", 4, "--train.batch_size", "1", "--mask.strategy", "tube")
     run("run_1_tube", 1, "--train.batch_size", "4", "--mask.strategy", "tube")
     run("run_other_batch", 4, into="run_2")
@@ -235,6 +242,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     took = {}
     for name, (size, work) in all_scenarios(root, manifest).items():
+        if sys.argv[3:] and name not in sys.argv[3:]:
+            continue
         start = time.monotonic()
         run_world(size, partial(work, root / name), root / name)
         took[name] = round(time.monotonic() - start, 2)

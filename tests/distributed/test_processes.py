@@ -206,6 +206,19 @@ def test_another_number_of_processes_goes_on(scenarios):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("name", ["run_fsdp2", "stopped_fsdp2"])
+def test_a_run_in_shares_is_the_same(scenarios, name):
+    """From beginning to end, and where ddp goes on from its checkpoint."""
+    for one in ("run_fsdp2", "run_ddp_goes_on"):
+        results(scenarios, one)
+    expected, found = run(scenarios, "run_2"), run(scenarios, name)
+    for mine, other in zip(curve(found), curve(expected), strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
+    weights = final(expected)
+    for key, value in final(found).items():
+        torch.testing.assert_close(value, weights[key], rtol=1e-4, atol=2e-6)
+
+
 def test_another_total_batch_is_another_experiment(scenarios):
     results(scenarios, "run_other_batch", {2})
     told = (scenarios / "run_other_batch" / "stderr_0.txt").read_text()
