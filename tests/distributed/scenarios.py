@@ -36,11 +36,14 @@ from adamae_fast.train import pretrain, sharded_checkpoint, step
 from adamae_fast.train.compile import compile_blocks
 from adamae_fast.train.step import Stepper
 from tests.distributed.processes import run_world
+from tests.train.labelled_videos import write_manifest
+from tests.train.labelled_videos import write_recipe as write_finetune_recipe
 
 SIZES = {"size": "nano", "num_frames": 4, "frame_size": 32, "tubelet_size": 2, "patch_size": 16}  # 8 tokens
 TOTAL = 8
 """Clips of a step, on all processes together."""
 STEPS = 3
+LEARNING_RATE = 1e-3
 
 
 def clips(number: int) -> torch.Tensor:
@@ -73,7 +76,7 @@ def steps(folder: Path, rank: int, *, accumulate=1, **options) -> dict[str, Any]
         for number in range(STEPS):
             is_last = number == STEPS - 1
             with profile(activities=[ProfilerActivity.CPU]) if is_last else nullcontext() as trace:
-                stepper.begin(number, 1e-3)
+                stepper.begin(number, LEARNING_RATE)
                 for mine in clips(number).chunk(world.size * accumulate)[world.rank :: world.size]:
                     stepper.accumulate(mine)
                 stepper.finish(number)
@@ -105,7 +108,7 @@ def bad_loss(folder: Path, rank: int, mode: str) -> dict[str, Any]:
                 before = [whole(p.detach()).clone() for p in stepper.model.parameters()]
                 if world.rank == world.size - 1:
                     stepper.model.register_forward_hook(spoil)
-            stepper.begin(number, 1e-3)
+            stepper.begin(number, LEARNING_RATE)
             stepper.accumulate(clips(number).chunk(world.size)[world.rank])
             stepper.finish(number)
         unchanged = [torch.equal(a, whole(p.detach())) for a, p in zip(before, stepper.model.parameters(), strict=True)]
@@ -147,6 +150,12 @@ def command(recipe: Path, output_dir: Path, rank: int, *options: str) -> list[li
     if status:
         raise SystemExit(status)
     return shown
+
+
+def finetune(recipe: Path, output_dir: Path, options: tuple[str, ...], folder: Path, rank: int) -> None:
+    """``adamae-fast finetune``; ends the process with the command's status where that is not 0."""
+    if status := main(["finetune", "--config", str(recipe), "--output_dir", str(output_dir), *options]):
+        raise SystemExit(status)
 
 
 def slow_command(rank: int, call: Callable[[], Any]) -> Any:
@@ -234,6 +243,27 @@ def all_scenarios(root: Path, manifest: Path) -> dict[str, tuple[int, Callable[[
     run("run_slow", 2, "--train.steps", "3", wrapped=slow_command)
     run("run_full_disk", 2, "--checkpoint.every", "2", wrapped=full_disk)
     run("run_too_bad", 2, "--data.max_bad_share", "0.1")
+
+    labelled = root / "labelled.txt"
+    videos = [line.split()[0] for line in manifest.read_text().splitlines()]
+    write_manifest(labelled, videos, [number % 3 for number in range(len(videos))])
+    finetune_recipe = write_finetune_recipe(root / "finetune.yaml", labelled, labelled)
+    common = (
+        "--train.epochs",
+        "2",
+        "--train.ema_decay",
+        "0.5",
+        "--data.max_bad_share",
+        "0.5",
+        "--augment.mixup",
+        "0.8",
+    )
+    for name, size, options in (
+        ("finetune_1x2", 1, two),
+        ("finetune_2", 2, ()),
+        ("finetune_fsdp2", 2, ("--distributed.mode", "fsdp2")),
+    ):
+        found[name] = size, partial(finetune, finetune_recipe, root / "runs" / name, (*common, *options))
     return found
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from adamae_fast.run_folder import RunFolder, read_json_lines
-from tests.distributed.scenarios import STEPS, TOTAL
+from tests.distributed.scenarios import LEARNING_RATE, STEPS, TOTAL
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,10 +47,13 @@ def parameters(scenarios: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def assert_close(scenarios: Path, name: str, expected: str, rtol: float, atol: float) -> None:
+    """Moments within the tolerance; weights likewise, but for what AdamW makes of gradients that are next to nothing:
+    it divides by their size, so that their rounding counts as much as they do."""
     one, two = (parameters(scenarios, n) for n in (name, expected))
     assert one.keys() == two.keys()
     for key, value in one.items():
-        torch.testing.assert_close(value, two[key], rtol=rtol, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+        least = atol if key.startswith("moment.") else LEARNING_RATE / 20
+        torch.testing.assert_close(value, two[key], rtol=rtol, atol=least, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def ids_by_clip(ranks: list, accumulate: int = 1) -> list:
@@ -72,7 +75,7 @@ def test_any_number_of_processes_takes_the_same_steps(scenarios, name):
         assert rank["figures"] == ranks[0]["figures"]  # all know the means
         for mine, expected in zip(rank["figures"], whole[0]["figures"], strict=True):
             assert mine == pytest.approx(expected, rel=2e-5)
-    assert_close(scenarios, name, "whole", rtol=1e-5, atol=2e-6)
+    assert_close(scenarios, name, "whole", rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("ddp_2x2", "whole_x4"), ("ddp_4x1", "whole_x4")])
@@ -82,8 +85,8 @@ def test_accumulation_is_the_same_as_processes(scenarios, name, expected):
     accumulate = 4 // len(ranks)
     assert ids_by_clip(ranks, accumulate) == ids_by_clip(whole, 4)
     assert ranks[0]["figures"][0] == pytest.approx(whole[0]["figures"][0], rel=1e-6)
-    assert_close(scenarios, name, expected, rtol=1e-5, atol=2e-6)
-    assert_close(scenarios, "fsdp2_2x2", expected, rtol=1e-5, atol=2e-6)
+    assert_close(scenarios, name, expected, rtol=1e-4, atol=1e-7)
+    assert_close(scenarios, "fsdp2_2x2", expected, rtol=1e-4, atol=1e-7)
 
 
 def test_gradients_travel_once_a_step(scenarios):
@@ -106,7 +109,7 @@ def test_fsdp2_keeps_a_share(scenarios):
 def test_recomputing_and_compiling_come_first(scenarios, mode):
     """Blocks that compute again and are compiled (by a back end that only traces) give the same."""
     results(scenarios, f"{mode}_ordered")
-    assert_close(scenarios, f"{mode}_ordered", "whole", rtol=1e-5, atol=2e-6)
+    assert_close(scenarios, f"{mode}_ordered", "whole", rtol=1e-4, atol=1e-7)
 
 
 def test_ddp_and_fsdp2_agree_in_bf16(scenarios):
@@ -217,6 +220,25 @@ def test_a_run_in_shares_is_the_same(scenarios, name):
     weights = final(expected)
     for key, value in final(found).items():
         torch.testing.assert_close(value, weights[key], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["finetune_2", "finetune_fsdp2"])
+def test_fine_tuning_and_its_validation_are_the_same(scenarios, name):
+    """Augmentation and the average of the weights, too; the validation's videos are shared, and none is lost."""
+    for one in ("finetune_1x2", name):
+        results(scenarios, one)
+    expected, found = run(scenarios, "finetune_1x2"), run(scenarios, name)
+    lines = [read_json_lines(folder.validation) for folder in (found, expected)]
+    assert lines[0] == lines[1]
+    assert [(line["videos"], line["unreadable"]) for line in lines[0]] == [(5, 1)] * 2
+    quarantined = [[line["path"] for line in read_json_lines(f.quarantine_val)] for f in (found, expected)]
+    assert quarantined[0] == quarantined[1]
+    assert len(quarantined[0]) == 1
+    losses = [[line["loss"] for line in read_json_lines(folder.metrics)] for folder in (found, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    weights = final(expected)
+    for key, value in final(found).items():
+        torch.testing.assert_close(value, weights[key], rtol=1e-4, atol=1e-4)
 
 
 def test_another_total_batch_is_another_experiment(scenarios):
