@@ -169,6 +169,11 @@ def extract_features(
         return world.on_first(store.finish)
 
 
+def require_same(source: Source, options: ExtractConfig) -> None:
+    """Raise FeaturesError unless the folder ``options.output_dir`` was made with this source and these options."""
+    _store(source, options).check()
+
+
 def refuse_unreadable(index: dict[str, Any], config: FinetuneConfig) -> None:
     """Raise TooManyBadVideosError if more videos of a finished index are unreadable than data.max_bad_share allows."""
     bad = [BadVideo(video["path"], video["reason"]) for video in index["unreadable"]]
@@ -200,12 +205,12 @@ def _store(source: Source, options: ExtractConfig) -> FeatureStore:
     }
     width = source.model.tokenizer.weight.shape[0]
     told = {"data.manifest": config.data.manifest, "data.root": config.data.root, **settings}
-    told["output_dir"] = options.output_dir
     words = [f"--{key}={value}" for key, value in told.items() if value is not None and not key.endswith("_sha256")]
     command = ["adamae-fast", "extract", str(source.checkpoint), *words]
     facts = {
         "checkpoint": str(source.checkpoint),
         "data.manifest": config.data.manifest,
+        "data.root": config.data.root,
         "command": shlex.join(command),
         "shape": [width] if options.tokens == "pooled" else [num_views * source.model.grid.num_tokens, width],
         "versions": {"adamae-fast": __version__, "torch": torch.__version__},

@@ -141,6 +141,8 @@ def _score(
     recipe = replace(recipe, lrs=options.head.lrs or recipe.lrs, epochs=options.head.epochs or recipe.epochs)
     width = train.shape[-1]
     build: Callable[[], nn.Module]
+    read: Callable[[Sequence[int]], Tensor]
+    read_val: Callable[[Sequence[int]], Tensor]
     if options.probe == "attentive":
         build = partial(AttentiveHead, width, num_classes, SIZES[source.model.config.size].encoder.num_heads)
         read, read_val = train.read, val.read
