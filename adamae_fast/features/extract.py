@@ -60,18 +60,24 @@ def extract(checkpoint: str, options: ExtractConfig, console: Console) -> dict[s
         index = extract_features(source, options, world, console, stop)
     if not world.is_first:
         return None
-    summary: dict[str, Any] = {"output_dir": options.output_dir, "stopped_by": stop[0] if index is None else None}
     if index is None:
-        console.print(f"stopped by {stop[0]}; what is done stands, and the same command goes on", soft_wrap=True)
-    else:
-        summary |= {key: index[key] for key in ("num_videos", "num_readable", "num_labelled", "shape")}
-        summary |= {"num_unreadable": len(index["unreadable"]), "dtype": index["settings"]["dtype"]}
-        for video in index["unreadable"]:
-            line = f"unreadable: {video['path']}: {video['reason']}"
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        return report_stop(options.output_dir, stop, console)
+    for video in index["unreadable"]:
+        line = f"unreadable: {video['path']}: {video['reason']}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    summary: dict[str, Any] = {"output_dir": options.output_dir, "stopped_by": None}
+    summary |= {key: index[key] for key in ("num_videos", "num_readable", "num_labelled", "shape")}
+    summary |= {"num_unreadable": len(index["unreadable"]), "dtype": index["settings"]["dtype"]}
     console.out(json.dumps(summary), highlight=False)
-    if index is not None:
-        refuse_unreadable(index, source.config)
+    refuse_unreadable(index, source.config)
+    return summary
+
+
+def report_stop(output_dir: str, stop: Sequence[str], console: Console) -> dict[str, Any]:
+    """Say that a signal, to this process or another one, has stopped the command; return what is printed as JSON."""
+    summary = {"output_dir": output_dir, "stopped_by": stop[0] if stop else "a signal to another process"}
+    console.print(f"stopped by {summary['stopped_by']}; what is done stands, and the same command goes on")
+    console.out(json.dumps(summary), highlight=False)
     return summary
 
 

@@ -18,10 +18,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from adamae_fast.config_distributed import DistributedConfig
 from adamae_fast.config_features import ExtractConfig, FeatureViewsConfig, RetrieveConfig
 from adamae_fast.config_finetune import ViewsConfig
 from adamae_fast.data.labelled import view_batches
 from adamae_fast.data.manifest import Entry
+from adamae_fast.distributed.world import joined
 from adamae_fast.features.extract import (
     Source,
     extract_features,
@@ -29,13 +31,13 @@ from adamae_fast.features.extract import (
     merge_features,
     open_source,
     refuse_unreadable,
+    report_stop,
     require_same,
 )
 from adamae_fast.features.neighbours import nearest
 from adamae_fast.features.store import FeatureFolder, is_feature_folder
 from adamae_fast.report.neighbours import Strip, draw_neighbours
-from adamae_fast.train.evaluate import device_of
-from adamae_fast.train.predict import process_group, require_finite, show_views
+from adamae_fast.train.predict import require_finite, show_views
 from adamae_fast.train.signals import stop_signals
 from adamae_fast.train.summary import print_facts
 
@@ -62,16 +64,15 @@ def retrieve(target: str, queries: Sequence[str], options: RetrieveConfig, conso
     num_videos = len(source.entries)
     if options.k > num_videos:
         raise ValueError(f"k={options.k}: there are only {num_videos} videos to choose from; choose at most so many")
-    with process_group() as (rank, world_size), stop_signals() as stop:
-        source.model.to(device_of(options.device, world_size))
-        if rank == 0:
-            print_facts([*source.describe(world_size), ("features", told.output_dir)], console)
-        index = folder.header if folder else extract_features(source, told, rank, world_size, console, stop)
-    if rank > 0:
+    with joined(options.device, "device", DistributedConfig().timeout) as (world, device), stop_signals() as stop:
+        source.model.to(device)
+        if world.is_first:
+            print_facts([*source.describe(world.size), ("features", told.output_dir)], console)
+        index = folder.header if folder else extract_features(source, told, world, console, stop)
+    if not world.is_first:
         return None
     if index is None:
-        console.print(f"stopped by {stop[0]}; what is done stands, and the same command goes on", soft_wrap=True)
-        return {"stopped_by": stop[0]}
+        return report_stop(told.output_dir, stop, console)
     if folder is None:
         refuse_unreadable(index, source.config)
         folder = FeatureFolder(told.output_dir)

@@ -37,6 +37,9 @@ LABEL_COLOURS = (
 """A label's colour is the one at its number, modulo their count."""
 
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
 @dataclass(frozen=True)
 class Strip:
     """A video on the sheet."""
@@ -109,7 +112,7 @@ def _draw_strip(sheet: Image.Image, draw: ImageDraw.ImageDraw, strip: Strip, x: 
     draw.text((x, y + (17 if is_query else 38)), path, BRIGHT if is_query else DIM, small, anchor="lm")
 
 
-def _label(label: int, font: ImageFont.FreeTypeFont) -> Image.Image:
+def _label(label: int, font: Font) -> Image.Image:
     """A chip with smooth ends: drawn four times as large."""
     text, height = f"label {label}", 18
     width = round(font.getlength(text)) + 14
@@ -121,7 +124,7 @@ def _label(label: int, font: ImageFont.FreeTypeFont) -> Image.Image:
     return chip
 
 
-def _elided(text: str, font: ImageFont.FreeTypeFont, room: int) -> str:
+def _elided(text: str, font: Font, room: int) -> str:
     """The text, without its beginning where it is too long: a path says most at its end."""
     shown, cut = text, 0
     while font.getlength(shown) > room and cut < len(text):
