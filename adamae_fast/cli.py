@@ -20,6 +20,7 @@ from rich.console import Console
 from adamae_fast.config import PretrainConfig, add_fields, add_run_arguments, build_config
 from adamae_fast.config_finetune import EvaluateConfig, FinetuneConfig
 from adamae_fast.errors import RunStoppedError
+from adamae_fast.parser_errors import in_plain_words
 from adamae_fast.version import __version__
 
 
@@ -257,7 +258,7 @@ def _run(name: str, arguments: list[str]) -> int:
     except (ArgumentError, ValueError, OSError, RunStoppedError) as error:
         if os.environ.get("ADAMAE_DEBUG"):
             raise
-        message = f"adamae-fast {name}: {error}"
+        message = f"adamae-fast {name}: {in_plain_words(error)}"
         Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
 

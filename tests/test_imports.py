@@ -12,7 +12,17 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "adamae_fast").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
-BASE = {"config", "config_finetune", "device", "errors", "grid", "run_folder", "tensor_file", "version"}
+BASE = {
+    "config",
+    "config_finetune",
+    "device",
+    "errors",
+    "grid",
+    "parser_errors",
+    "run_folder",
+    "tensor_file",
+    "version",
+}
 """Modules that know nothing of any part."""
 
 ALLOWED = {

@@ -28,6 +28,7 @@ from adamae_fast.model.positions import sinusoid_table
 from adamae_fast.model.sizes import SIZES
 from adamae_fast.model.tokenizer import Tokenizer
 from adamae_fast.ops.registry import without_autocast
+from adamae_fast.parser_errors import in_plain_words
 from adamae_fast.run_folder import find_weights
 from adamae_fast.tensor_file import read_tensors_file
 
@@ -54,7 +55,10 @@ log = logging.getLogger("adamae_fast")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedKeys:
-    """What a classifier took from a checkpoint; ``str()`` of it is one line for the user."""
+    """What a classifier took from a checkpoint, from :func:`adamae_fast.load_encoder`, and what it did not.
+
+    Names are those of state dicts; ``str()`` is one line for the user, which groups and counts them.
+    """
 
     used: tuple[str, ...]
     """Tensors of the file that were taken, under its names."""
@@ -76,7 +80,10 @@ def _grouped(names: Iterable[str]) -> str:
 
 
 class VideoClassifier(nn.Module):
-    """Logits = head(fc_norm(mean over tokens of the encoder's last block)); there is no class token.
+    """Logits (B, num_classes) = head(fc_norm(mean over tokens of the encoder's last block)); there is no class token.
+
+    A call takes clips (B, 3, T, H, W), uint8 or floating in [0, 1]. Parameters are fp32; under ``torch.autocast`` the
+    encoder's matrix products run in its dtype, and mean, ``fc_norm`` and head in fp32.
 
     The encoder is :class:`~adamae_fast.model.adamae.AdaMAE`'s, names of its parameters included, without its last
     LayerNorm: ``fc_norm`` takes its place. Of ``model`` only size, clip, tokens, and the encoder's attention matter.
@@ -248,6 +255,8 @@ class VideoClassifier(nn.Module):
             return self.head(self.fc_norm(pooled_BD))
 
     def _check_video(self, video: Tensor) -> None:
+        if not isinstance(video, Tensor):
+            raise ValueError(f"video is a {type(video).__name__}; pass a torch.Tensor; torch.as_tensor makes one")
         if video.dtype != torch.uint8 and not video.is_floating_point():
             raise ValueError(f"video has dtype {video.dtype}; pass uint8 clips, or floating ones in [0, 1]")
         if video.ndim != 5 or tuple(video.shape[1:]) != self.grid.video_shape:
@@ -282,4 +291,4 @@ def _read_model_config(path: str | Path, overrides: Mapping[str, object]) -> Mod
         config: ModelConfig = parser.instantiate(parser.parse_args(arguments, namespace=given)).model
         return config
     except (ArgumentError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {in_plain_words(error)}") from error
