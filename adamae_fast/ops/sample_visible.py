@@ -197,6 +197,10 @@ def split_tokens(visible_ids_BK: Tensor, num_tokens: int, *, impl: Impl = "auto"
 
 def check_seeds(seeds_B: Tensor, batch_size: int, device: torch.device) -> None:
     """Raise ValueError unless ``seeds_B`` is int64 (``batch_size``,) on ``device``."""
+    if not isinstance(seeds_B, Tensor):
+        raise ValueError(
+            f"seeds is a {type(seeds_B).__name__}; pass a torch.Tensor of {batch_size} int64 seeds, one for each clip"
+        )
     if tuple(seeds_B.shape) != (batch_size,) or seeds_B.dtype != torch.int64 or seeds_B.device != device:
         raise ValueError(
             f"seeds has {describe(seeds_B)}; pass {batch_size} int64 seeds, one for each clip, on {device}"
