@@ -18,9 +18,10 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from adamae_fast.config import PretrainConfig, add_fields, add_run_arguments, build_config
-from adamae_fast.config_features import ExtractConfig, ProbeConfig
+from adamae_fast.config_features import ExtractConfig, ProbeConfig, RetrieveConfig
 from adamae_fast.config_finetune import EvaluateConfig, FinetuneConfig
 from adamae_fast.errors import RunStoppedError, ToldByFirstError
+from adamae_fast.parser_errors import in_plain_words
 from adamae_fast.version import __version__
 
 _ANY_CHECKPOINT = """A run or checkpoint of ours, of pre-training or a classifier (of a run of finetune its best one), a
@@ -108,6 +109,22 @@ def _probe(parser: ArgumentParser, arguments: Namespace) -> int:
 
     results = probe(arguments.checkpoint, build_config(parser, arguments, ProbeConfig), Console())
     return 0 if results is None else _status_of(results)
+
+
+def _retrieve_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("target", type=str, help=f"{_ANY_CHECKPOINT} Or a folder that adamae-fast extract wrote.")
+    parser.add_argument("queries", type=str, nargs="+", help="Video files.")
+    add_fields(parser, RetrieveConfig)
+
+
+def _retrieve(parser: ArgumentParser, arguments: Namespace) -> int:
+    from adamae_fast.features.retrieve import retrieve
+
+    options = build_config(parser, arguments, RetrieveConfig)
+    summary = retrieve(arguments.target, arguments.queries, options, Console())
+    if summary is None:
+        return 0
+    return _status_of(summary) or int(summary.get("unreadable", 0) > 0)
 
 
 def _synth_arguments(parser: ArgumentParser) -> None:
@@ -263,6 +280,7 @@ COMMANDS = {
     "evaluate": Command("Test a classifier with several views of each video.", _evaluate_arguments, _evaluate),
     "extract": Command("Write frozen features of a manifest's videos.", _extract_arguments, _extract),
     "probe": Command("Classify by frozen features: linear, attentive, kNN.", _probe_arguments, _probe),
+    "retrieve": Command("Find the nearest videos of a query, with a contact sheet.", _retrieve_arguments, _retrieve),
     "visualize": Command("Draw what a checkpoint sees, masks and predicts.", _visualize_arguments, _visualize),
     "saliency": Command("Lay the sampler's probability map over whole videos.", _saliency_arguments, _saliency),
     "convert": Command("Convert from and to published AdaMAE, VideoMAE, transformers.", _convert_arguments, _convert),
@@ -302,7 +320,7 @@ def _run(name: str, arguments: list[str]) -> int:
     except (ArgumentError, ValueError, OSError, RunStoppedError) as error:
         if os.environ.get("ADAMAE_DEBUG"):
             raise
-        message = f"adamae-fast {name}: {error}"
+        message = f"adamae-fast {name}: {in_plain_words(error)}"
         Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
 

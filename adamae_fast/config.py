@@ -18,6 +18,7 @@ import yaml
 
 from adamae_fast.config_distributed import DistributedConfig, check_distributed
 from adamae_fast.errors import require as _require
+from adamae_fast.parser_errors import in_plain_words
 
 if TYPE_CHECKING:
     # Only the command line and recipes need it, so the model also runs where nothing but PyTorch is installed.
@@ -575,7 +576,7 @@ def load_run_config(
     try:
         return build_config(parser, parser.parse_args(arguments), kind)
     except (ArgumentError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {in_plain_words(error)}") from error
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from adamae_fast import __version__
+from adamae_fast import VideoClassifier, __version__
 from adamae_fast.cli import COMMANDS, main
+from adamae_fast.config import load_config
 from tests.conftest import REPOSITORY
 
 
@@ -53,6 +54,11 @@ def test_unknown_command_is_an_error(capsys):
         (["--data.manifest", "nowhere.txt"], "nowhere.txt"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--train.device", "tpu"], "train.device='tpu'"),
+        (["--mask.strategy", "foo"], "pretrain: mask.strategy=foo: choose adaptive, random, tube or frame"),
+        (["--optim.betas", "[1,2,3]"], "optim.betas=[1, 2, 3]: choose a list of 2 values"),
+        (["--train.steps", "many"], "train.steps=many: choose a whole number, or null"),
+        (["--data.flip", "3"], "data.flip=3: choose true or false"),
+        (["--mask", "foo"], "mask=foo: this is a group of keys; set one of them"),
     ],
 )
 def test_a_users_mistake_is_one_message_and_status_2(arguments, words, capsys, tmp_path):
@@ -60,6 +66,15 @@ def test_a_users_mistake_is_one_message_and_status_2(arguments, words, capsys, t
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error
+
+
+def test_a_recipe_with_a_wrong_value_names_file_key_value_and_choices(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("mask: {strategy: foo}\nmodel: {size: giant}\n")
+    with pytest.raises(ValueError, match=r"recipe\.yaml: mask\.strategy=foo: choose adaptive, random, tube or frame"):
+        load_config(recipe)
+    with pytest.raises(ValueError, match=r"recipe\.yaml: model\.size=giant: choose nano, small, base, large or huge"):
+        VideoClassifier.from_config(recipe, num_classes=2)
 
 
 def test_info_says_what_is_missing_and_why(capsys):

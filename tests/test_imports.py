@@ -20,6 +20,7 @@ BASE = {
     "device",
     "errors",
     "grid",
+    "parser_errors",
     "run_folder",
     "tensor_file",
     "version",

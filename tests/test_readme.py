@@ -1,14 +1,11 @@
-"""What the README promises: its Python runs, its commands and files exist."""
+"""What the README promises: its commands and files exist. ``test_examples.py`` runs its Python."""
 
 import re
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
 
-from adamae_fast import AdaMAE
 from adamae_fast.cli import COMMANDS
-from adamae_fast.config import load_config, save_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -16,17 +13,6 @@ README = (ROOT / "README.md").read_text()
 
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
-def test_python_examples_run(tmp_path, monkeypatch):
-    recipe = ROOT / "configs" / "demo.yaml"
-    save_config(load_config(recipe), tmp_path / "config.yaml")
-    save_file(AdaMAE.from_config(recipe).state_dict(), tmp_path / "model.safetensors")
-    monkeypatch.chdir(ROOT)
-    examples = blocks("python")
-    assert examples
-    for example in examples:
-        exec(example.replace("runs/demo", str(tmp_path)), {})
 
 
 def test_commands_exist():

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from json import dumps
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -28,6 +29,9 @@ class CheckedVideo:
 
     path: str
     """Video file, or folder of images."""
+
+    label: int | None = None
+    """Its class; None where the manifest does not say."""
 
     codec: str | None = None
     """Name of its codec, or the images' extension."""
@@ -75,7 +79,7 @@ def check_manifest(manifest: str, root: str | None = None, decoder: DecoderName 
     """
     require_decoder(decoder)
     reason_against = Suitability(pick_device("auto")).reason_against if decoder == "dali" else None
-    entries = list(dict.fromkeys(read_manifest(manifest, root)))
+    entries = list(dict.fromkeys(read_manifest(manifest, root, ("MANIFEST", "--root"))))
     with Progress(console=Console(file=sys.stderr), transient=True) as progress:
         rows = [_check(entry, decoder, reason_against) for entry in progress.track(entries, description="checking")]
     num_unreadable = sum(row.problem is not None for row in rows)
@@ -88,7 +92,7 @@ def check_manifest(manifest: str, root: str | None = None, decoder: DecoderName 
 
 
 def _check(entry: Entry, decoder: DecoderName, reason_against: ReasonAgainst | None) -> CheckedVideo:
-    row = CheckedVideo(path=entry.path)
+    row = CheckedVideo(path=entry.path, label=entry.label)
     try:
         with closing(open_entry(entry, decoder)) as video:
             frames, fps = video.num_frames, video.fps
@@ -108,13 +112,15 @@ def _print_table(rows: Sequence[CheckedVideo], num_unreadable: int) -> None:
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(row.path)) for row in rows])
     if folder == os.path.sep:  # nothing in common: whole paths, which can be copied
         folder = ""
-    table = Table(title=folder or None, title_justify="left")
+    # Narrow, so that a line of prepared videos fits into 80 columns.
+    table = Table(title=folder or None, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("file", overflow="fold")
-    for name in ("codec", "size", "frames", "fps", "duration", "decoder"):
+    for name in ("label", "codec", "size", "frames", "fps", "duration", "decoder"):
         table.add_column(name, justify="left" if name in ("codec", "decoder") else "right")
     for row in rows:
         table.add_row(
             Text(_shown(row.path, folder)),
+            "" if row.label is None else str(row.label),
             row.codec or "",
             f"{row.width}×{row.height}" if row.width else "",
             str(row.frames or ""),
@@ -132,4 +138,8 @@ def _print_table(rows: Sequence[CheckedVideo], num_unreadable: int) -> None:
 
 
 def _shown(path: str, folder: str) -> str:
+    """The path below ``folder``; of a prepared video the member alone, whose number is its own in the whole folder."""
+    _, shard, member = path.rpartition(".tar:")
+    if shard:
+        return member
     return os.path.relpath(path, folder) if folder else path

@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -177,6 +177,9 @@ class PretrainClips(Videos):
         ValueError: no entries, or a decoder that is not installed.
     """
 
+    plan: ClassVar[Callable[..., ClipPlan]] = staticmethod(plan_clip)
+    """Frames and views of one video."""
+
     def __init__(
         self,
         entries: Sequence[Entry],
@@ -247,7 +250,7 @@ class PretrainClips(Videos):
         return ClipSample(crops, bad=(), decode=cost, shown=index, not_encoded=reason)
 
     def _plan(self, epoch: int, sample: int, video: VideoFile) -> ClipPlan:
-        return plan_clip(
+        return self.plan(
             self.config,
             self.seed,
             epoch,

@@ -107,18 +107,7 @@ class LabelledClips(PretrainClips):
 
     config: LabelledDataConfig
 
-    def _plan(self, epoch: int, sample: int, video: VideoFile) -> ClipPlan:
-        return plan_labelled(
-            self.config,
-            self.seed,
-            epoch,
-            sample,
-            num_frames=self.num_frames,
-            frame_size=self.frame_size,
-            total_frames=video.num_frames,
-            height=video.height,
-            width=video.width,
-        )
+    plan = staticmethod(plan_labelled)
 
 
 class EvaluationViews(Videos):

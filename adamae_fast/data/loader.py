@@ -110,6 +110,12 @@ def clip_batches(
     return stream_batches(clips, videos_per_batch, start_batch, num_batches, device, rank, world_size)
 
 
+def batch_positions(batch: int, *, videos_per_batch: int, rank: int, world_size: int) -> range:
+    """Positions of the stream that batch ``batch`` of process ``rank`` shows."""
+    first = (batch * world_size + rank) * videos_per_batch
+    return range(first, first + videos_per_batch)
+
+
 def stream_batches(
     clips: PretrainClips,
     videos_per_batch: int,
@@ -121,10 +127,7 @@ def stream_batches(
 ) -> Generator[Batch, None, None]:
     """:func:`clip_batches` for any stream of clips, by the decoder that its configuration names."""
     device = torch.device(device)
-
-    def positions(i: int) -> range:
-        first = (i * world_size + rank) * videos_per_batch
-        return range(first, first + videos_per_batch)
+    positions = partial(batch_positions, videos_per_batch=videos_per_batch, rank=rank, world_size=world_size)
 
     if clips.config.decoder != "dali":
         return load_batches(clips, positions, start_batch, num_batches, device)

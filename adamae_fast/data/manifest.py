@@ -128,12 +128,17 @@ class _FolderLine:
         return Entry(self.path, self.second, num_frames=self.first, kind="frames")
 
 
-def read_manifest(path: str, root: str | None = None) -> list[Entry]:
+KeyNames = tuple[str, str]
+"""What the user calls the path of a manifest and its root."""
+
+
+def read_manifest(path: str, root: str | None = None, names: KeyNames = ("data.manifest", "data.root")) -> list[Entry]:
     """Read an annotation file, search a folder for videos, or take those of a folder that ``data prepare`` wrote.
 
     ``root`` is where relative paths start; the manifest's own folder if None. A video path without an extension gets
     ``.mp4``. A folder is searched through, its videos sorted by path, without labels. Missing files are no error here:
-    they are quarantined when they are drawn — unless the first 20 are all missing, which means a wrong root.
+    they are quarantined when they are drawn — unless the first 20 are all missing, which means a wrong root. ``names``
+    are the user's words for the two, for messages.
 
     Raises:
         ManifestError: nothing at ``path``, no permission to read it or a folder in it, no videos in it, no text in
@@ -142,20 +147,20 @@ def read_manifest(path: str, root: str | None = None) -> list[Entry]:
     """
     source = Path(os.path.expanduser(path))
     base = source.parent if root is None else Path(os.path.expanduser(root))
-    with _clear_os_errors(path):
+    with _clear_os_errors(path, names[0]):
         index = find_index(path)
         if index is not None:
-            return _read_prepared(index, root)
-        if _is_folder(path):
+            return _read_prepared(index, root, names[1])
+        if _is_folder(path, names[0]):
             if root is not None:
-                raise ManifestError(f"data.root={root!r}: has no effect on a folder of videos ({path}); leave it null")
+                raise ManifestError(f"{names[1]}={root!r}: has no effect on a folder of videos ({path}); leave it out")
             return _search_folder(source)
         entries = _read_lines(source, base)
     probed = entries[:NUM_PROBED_FILES]
     if not any(os.path.exists(entry.path) for entry in probed):
         raise ManifestError(
             f"{path}: none of its first {len(probed)} videos exists, the first being {probed[0].path}; "
-            f"paths start at {base} — set data.root to the folder that they really start from"
+            f"paths start at {base} — set {names[1]} to the folder that they really start from"
         )
     return entries
 
@@ -188,9 +193,9 @@ def digest_entries(entries: Sequence[Entry]) -> str:
     return digest.hexdigest()
 
 
-def _read_prepared(index: Path, root: str | None) -> list[Entry]:
+def _read_prepared(index: Path, root: str | None, root_name: str) -> list[Entry]:
     if root is not None:
-        raise ManifestError(f"data.root={root!r}: has no effect on prepared videos ({index}); leave it null")
+        raise ManifestError(f"{root_name}={root!r}: has no effect on prepared videos ({index}); leave it out")
     try:
         videos = read_prepared(index)
     except PreparedError as error:
@@ -200,22 +205,22 @@ def _read_prepared(index: Path, root: str | None) -> list[Entry]:
     return [Entry(video.path, label, kind="prepared", prepared=video) for video, label in videos]
 
 
-def _is_folder(path: str) -> bool:
+def _is_folder(path: str, name: str) -> bool:
     try:
         if path:
             return stat.S_ISDIR(os.stat(os.path.expanduser(path)).st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
         pass
-    raise ManifestError(f"data.manifest={path!r}: no such file or folder\n{ACCEPTED_FORMATS}")
+    raise ManifestError(f"{name}={path!r}: no such file or folder\n{ACCEPTED_FORMATS}")
 
 
 @contextmanager
-def _clear_os_errors(path: str) -> Iterator[None]:
+def _clear_os_errors(path: str, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise ManifestError(
-            f"data.manifest={path!r}: {error.filename} cannot be read: {(error.strerror or str(error)).lower()}; "
+            f"{name}={path!r}: {error.filename} cannot be read: {(error.strerror or str(error)).lower()}; "
             "change its permissions, or name another manifest"
         ) from error
 

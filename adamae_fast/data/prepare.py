@@ -111,7 +111,7 @@ def prepare(
         raise ValueError(f"codec={codec!r}: choose {' or '.join(ENCODERS)}")
     settings = Settings(short_side=short_side, codec=codec, keyint=keyint, max_seconds=max_seconds)
     shard_bytes = _bytes(shards)
-    entries = read_manifest(manifest, root)
+    entries = read_manifest(manifest, root, ("MANIFEST", "--root"))
     folder = Path(os.path.abspath(os.path.expanduser(out)))
     with _locked(folder) as lock:
         index = _begin(folder, {**asdict(settings), "shards": shard_bytes}, manifest, entries)

@@ -60,18 +60,24 @@ def extract(checkpoint: str, options: ExtractConfig, console: Console) -> dict[s
         index = extract_features(source, options, world, console, stop)
     if not world.is_first:
         return None
-    summary: dict[str, Any] = {"output_dir": options.output_dir, "stopped_by": stop[0] if index is None else None}
     if index is None:
-        console.print(f"stopped by {stop[0]}; what is done stands, and the same command goes on", soft_wrap=True)
-    else:
-        summary |= {key: index[key] for key in ("num_videos", "num_readable", "num_labelled", "shape")}
-        summary |= {"num_unreadable": len(index["unreadable"]), "dtype": index["settings"]["dtype"]}
-        for video in index["unreadable"]:
-            line = f"unreadable: {video['path']}: {video['reason']}"
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        return report_stop(options.output_dir, stop, console)
+    for video in index["unreadable"]:
+        line = f"unreadable: {video['path']}: {video['reason']}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    summary: dict[str, Any] = {"output_dir": options.output_dir, "stopped_by": None}
+    summary |= {key: index[key] for key in ("num_videos", "num_readable", "num_labelled", "shape")}
+    summary |= {"num_unreadable": len(index["unreadable"]), "dtype": index["settings"]["dtype"]}
     console.out(json.dumps(summary), highlight=False)
-    if index is not None:
-        refuse_unreadable(index, source.config)
+    refuse_unreadable(index, source.config)
+    return summary
+
+
+def report_stop(output_dir: str, stop: Sequence[str], console: Console) -> dict[str, Any]:
+    """Say that a signal, to this process or another one, has stopped the command; return what is printed as JSON."""
+    summary = {"output_dir": output_dir, "stopped_by": stop[0] if stop else "a signal to another process"}
+    console.print(f"stopped by {summary['stopped_by']}; what is done stands, and the same command goes on")
+    console.out(json.dumps(summary), highlight=False)
     return summary
 
 
@@ -169,6 +175,11 @@ def extract_features(
         return world.on_first(store.finish)
 
 
+def require_same(source: Source, options: ExtractConfig) -> None:
+    """Raise FeaturesError unless the folder ``options.output_dir`` was made with this source and these options."""
+    _store(source, options).check()
+
+
 def refuse_unreadable(index: dict[str, Any], config: FinetuneConfig) -> None:
     """Raise TooManyBadVideosError if more videos of a finished index are unreadable than data.max_bad_share allows."""
     bad = [BadVideo(video["path"], video["reason"]) for video in index["unreadable"]]
@@ -200,12 +211,12 @@ def _store(source: Source, options: ExtractConfig) -> FeatureStore:
     }
     width = source.model.tokenizer.weight.shape[0]
     told = {"data.manifest": config.data.manifest, "data.root": config.data.root, **settings}
-    told["output_dir"] = options.output_dir
     words = [f"--{key}={value}" for key, value in told.items() if value is not None and not key.endswith("_sha256")]
     command = ["adamae-fast", "extract", str(source.checkpoint), *words]
     facts = {
         "checkpoint": str(source.checkpoint),
         "data.manifest": config.data.manifest,
+        "data.root": config.data.root,
         "command": shlex.join(command),
         "shape": [width] if options.tokens == "pooled" else [num_views * source.model.grid.num_tokens, width],
         "versions": {"adamae-fast": __version__, "torch": torch.__version__},

@@ -128,7 +128,7 @@ def train_heads(
             torch.default_generator.manual_seed(seed)
             heads.append(build().to(device))
     groups = [{"params": list(h.parameters()), "lr": lr} for h, lr in zip(heads, recipe.lrs, strict=True)]
-    optimizer = recipe.optimizer(groups)  # type: ignore[arg-type]
+    optimizer = recipe.optimizer(groups)
     batch_size = min(batch_size, len(labels))
     per_epoch = len(labels) // batch_size
     total = recipe.epochs * per_epoch

@@ -5,7 +5,6 @@ Shapes: V videos, K classes.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from adamae_fast.config_features import ExtractConfig, ProbeConfig, ProbeKind, T
 from adamae_fast.data.labelled import read_labels
 from adamae_fast.distributed.world import joined
 from adamae_fast.errors import RunStoppedError
-from adamae_fast.features.extract import Source, extract_features, open_source, refuse_unreadable
+from adamae_fast.features.extract import Source, extract_features, open_source, refuse_unreadable, report_stop
 from adamae_fast.features.heads import RECIPES, AttentiveHead, LinearHead, score, train_heads
 from adamae_fast.features.neighbours import nearest, vote
 from adamae_fast.features.store import FeatureFolder
@@ -78,9 +77,7 @@ def probe(checkpoint: str, options: ProbeConfig, console: Console) -> dict[str, 
             _require_enough(options, len(sets[0]), "readable videos")
             scored = _score(options, source, sets, (train_labels, val_labels), num_classes, device, console, stop)
     if scored is None:
-        console.print(f"stopped by {stop[0]}; features stand, and the same command goes on", soft_wrap=True)
-        console.out(json.dumps({"output_dir": str(output_dir), "stopped_by": stop[0]}), highlight=False)
-        return {"stopped_by": stop[0]}
+        return report_stop(options.output_dir, stop, console)
     results = {
         "checkpoint": str(source.checkpoint),
         "manifest": options.val.manifest,
@@ -141,6 +138,8 @@ def _score(
     recipe = replace(recipe, lrs=options.head.lrs or recipe.lrs, epochs=options.head.epochs or recipe.epochs)
     width = train.shape[-1]
     build: Callable[[], nn.Module]
+    read: Callable[[Sequence[int]], Tensor]
+    read_val: Callable[[Sequence[int]], Tensor]
     if options.probe == "attentive":
         build = partial(AttentiveHead, width, num_classes, SIZES[source.model.config.size].encoder.num_heads)
         read, read_val = train.read, val.read

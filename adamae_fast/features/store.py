@@ -16,6 +16,7 @@ Shapes: V videos, N tokens, D width, X either (D,) or (N, D).
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,10 +196,13 @@ class FeatureFolder:
         self._shards = [_shard_path(self.path, n, settings["format"]) for n in range(-(-num_videos // size))]
         there = sum(path.exists() for path in self._shards)
         if there < len(self._shards) or not self.header["complete"]:
-            lost = "bring the others back, or let " if self.header["complete"] else ""
+            if self.header["complete"]:
+                remedy = "bring the others back, or make them again, which keeps these"
+            else:
+                remedy = "the command that began it goes on with the rest and keeps these"
             raise FeaturesError(
-                f"{self.path}: not finished: {there} of {len(self._shards)} shards are there; {lost}the command that "
-                f"began it goes on with the rest and keeps these: {self.header['command']}"
+                f"{self.path}: not finished: {there} of {len(self._shards)} shards are there; {remedy}: "
+                f"{self.header['command']} {shlex.quote(f'--output_dir={self.path}')}"
             )
         shards = [_read_shard(path) for path in self._shards]
         self.ids = [i for shard in shards for i in shard.ids]

@@ -47,6 +47,9 @@ def load_encoder(model: VideoEncoder, path: str | Path) -> LoadedKeys:
     sampler are left over, and so are the encoder's last LayerNorm, whose place is ``fc_norm``'s, and a head for another
     number of classes. The clips of the two may differ; the positions are computed for those of ``model``.
 
+    Weights are copied, in the dtype and on the device of ``model``'s parameters, which keeps its mode. Returns the
+    names that were taken, that stay fresh and that were left over.
+
     Raises ValueError that names key, value and remedy for an encoder of another size or with other tubelets, for a file
     that cannot be read safely, and for one that lacks part of the encoder. Then nothing has changed.
     """

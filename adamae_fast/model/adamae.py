@@ -52,7 +52,12 @@ _DECODED = 0x243F6A8885A308D3
 
 @dataclass(frozen=True)
 class AdaMAEOutput:
-    """What one forward pass returns. Losses are fp32 scalars on the model's device."""
+    """What one forward pass of :class:`AdaMAE` returns, on the model's device; losses are fp32 scalars.
+
+    Shapes: B clips, N tokens, of which K are visible and M masked, P pixels of a token. In training mode with
+    ``model.decoder.keep_ratio`` below 1, M counts the tokens in ``decoded_ids``, which may be fewer than those in
+    ``masked_ids``. ``loss.backward()`` gives every parameter its gradient; error, ids and statistics are constants.
+    """
 
     loss: Tensor
     """loss_reconstruction + loss.sampling_weight · loss_sampling."""
@@ -89,7 +94,28 @@ class AdaMAEOutput:
 
 
 class AdaMAE(nn.Module):
-    """The whole network. The strategies random, tube and frame build it without the sampler."""
+    """The network of pre-training (paper Figure 2, Algorithm 2).
+
+        X = tokenizer(video)                                            B clips of N tokens, width D
+        p = softmax(sampler(X)); visible ~ K of N without replacement from p, the other M = N - K are masked
+        prediction = head(decoder(projection(encoder(X[visible] + positions)), mask tokens + positions))
+        error = mean over a token's P pixels of (prediction - target)²        (or of the absolute value)
+        loss = mean(error) + loss.sampling_weight · -mean(log p[masked] · error)      (equations 4, 5)
+
+    The strategies random, tube and frame draw the visible tokens without a sampler; then there is none, ``sampler`` is
+    None, and the second term is 0. Positions are tables of sines, which are computed and no weights.
+
+    A call takes uint8 clips (B, 3, T, H, W) and returns an :class:`AdaMAEOutput`. Parameters are fp32; under
+    ``torch.autocast`` matrix products run in its dtype, logits, their statistics and losses in fp32. With given seeds a
+    call is deterministic on the CPU, but for dropout in the sampler, which torch's generator draws in training mode.
+
+    Args:
+        model: sizes of the clip and of the network.
+        mask: strategy and ratio; the recipe's defaults if None.
+        loss: error, target and weight of the sampling loss; likewise.
+
+    Raises ValueError for sizes that do not divide, and for a ratio that leaves nothing visible or nothing masked.
+    """
 
     positions_ND: Tensor
     decoder_positions_NE: Tensor
@@ -196,7 +222,8 @@ class AdaMAE(nn.Module):
             seeds: int64 (B,), what each clip's mask and decoded tokens are drawn from; torch's own generator draws them
                 if None.
 
-        Raises ValueError for a video of another shape or dtype, and for ids that are out of range or named twice.
+        Raises ValueError for a video of another shape or dtype, for seeds that are not int64 (B,), for ids that are out
+        of range or named twice, and for any of the three that is no tensor.
         """
         self._check_video(video)
         tokens_BND = self.tokenizer(video)
@@ -266,6 +293,8 @@ class AdaMAE(nn.Module):
 
     def _split(self, video: Tensor, logits_BN: Tensor | None, visible_ids: Tensor | None, seeds: Tensor) -> TokenSplit:
         if visible_ids is not None:
+            if not isinstance(visible_ids, Tensor):
+                raise ValueError(f"visible_ids is a {type(visible_ids).__name__}; pass an int64 torch.Tensor (B, K)")
             if visible_ids.shape[0] != video.shape[0]:
                 raise ValueError(
                     f"visible_ids has {visible_ids.shape[0]} rows for {video.shape[0]} clips; give one each"
@@ -280,6 +309,8 @@ class AdaMAE(nn.Module):
         return self.strategy(self.grid, self.mask_config.ratio, seeds, logits_BN)
 
     def _check_video(self, video: Tensor) -> None:
+        if not isinstance(video, Tensor):
+            raise ValueError(f"video is a {type(video).__name__}; pass a torch.Tensor; torch.as_tensor makes one")
         if video.dtype != torch.uint8:
             raise ValueError(f"video has dtype {video.dtype}; pass uint8 clips with values 0 to 255, not normalised")
         if video.ndim != 5 or tuple(video.shape[1:]) != self.grid.video_shape:

@@ -21,6 +21,7 @@ from adamae_fast.model.layers import LayerNorm
 from adamae_fast.model.sizes import SIZES
 from adamae_fast.model.video_encoder import VideoEncoder
 from adamae_fast.ops.registry import without_autocast
+from adamae_fast.parser_errors import in_plain_words
 from adamae_fast.run_folder import find_weights
 from adamae_fast.tensor_file import read_tensors_file
 
@@ -41,7 +42,10 @@ log = logging.getLogger("adamae_fast")
 
 
 class VideoClassifier(VideoEncoder):
-    """Logits = head(fc_norm(mean over tokens of the encoder's last block)); there is no class token.
+    """Logits (B, num_classes) = head(fc_norm(mean over tokens of the encoder's last block)); there is no class token.
+
+    A call takes clips (B, 3, T, H, W), uint8 or floating in [0, 1]. Parameters are fp32; under ``torch.autocast`` the
+    encoder's matrix products run in its dtype, and mean, ``fc_norm`` and head in fp32.
 
     The encoder has no last LayerNorm: ``fc_norm`` takes its place.
 
@@ -149,4 +153,4 @@ def read_model_config(path: str | Path, overrides: Mapping[str, object]) -> Mode
         config: ModelConfig = parser.instantiate(parser.parse_args(arguments, namespace=given)).model
         return config
     except (ArgumentError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {in_plain_words(error)}") from error

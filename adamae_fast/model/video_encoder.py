@@ -29,7 +29,10 @@ _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedKeys:
-    """What a classifier took from a checkpoint; ``str()`` of it is one line for the user."""
+    """What a classifier took from a checkpoint, from :func:`adamae_fast.load_encoder`, and what it did not.
+
+    Names are those of state dicts; ``str()`` is one line for the user, which groups and counts them.
+    """
 
     used: tuple[str, ...]
     """Tensors of the file that were taken, under its names."""
@@ -166,6 +169,8 @@ class VideoEncoder(nn.Module):
     forward = features
 
     def _check_video(self, video: Tensor) -> None:
+        if not isinstance(video, Tensor):
+            raise ValueError(f"video is a {type(video).__name__}; pass a torch.Tensor; torch.as_tensor makes one")
         if video.dtype != torch.uint8 and not video.is_floating_point():
             raise ValueError(f"video has dtype {video.dtype}; pass uint8 clips, or floating ones in [0, 1]")
         if video.ndim != 5 or tuple(video.shape[1:]) != self.grid.video_shape:

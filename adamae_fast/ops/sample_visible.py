@@ -175,7 +175,8 @@ def sample_visible(logits_BN: Tensor, seeds_B: Tensor, num_visible: int, *, impl
     _check_num_visible(num_visible, logits_BN.shape[1])
     operation = choose(_sample_visible, impl, logits_BN.device)
     split = TokenSplit(*operation(logits_BN.detach(), seeds_B, num_visible))
-    if logits_BN.device.type == "cpu" and type(split.statistics_B3) is Tensor and not torch.compiler.is_compiling():
+    has_numbers = type(split.statistics_B3) is Tensor and not torch.compiler.is_compiling()  # a fake tensor has none
+    if logits_BN.device.type == "cpu" and has_numbers:
         _check_finite(logits_BN, split)
     return split
 
@@ -196,6 +197,10 @@ def split_tokens(visible_ids_BK: Tensor, num_tokens: int, *, impl: Impl = "auto"
 
 def check_seeds(seeds_B: Tensor, batch_size: int, device: torch.device) -> None:
     """Raise ValueError unless ``seeds_B`` is int64 (``batch_size``,) on ``device``."""
+    if not isinstance(seeds_B, Tensor):
+        raise ValueError(
+            f"seeds is a {type(seeds_B).__name__}; pass a torch.Tensor of {batch_size} int64 seeds, one for each clip"
+        )
     if tuple(seeds_B.shape) != (batch_size,) or seeds_B.dtype != torch.int64 or seeds_B.device != device:
         raise ValueError(
             f"seeds has {describe(seeds_B)}; pass {batch_size} int64 seeds, one for each clip, on {device}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
@@ -15,10 +16,14 @@ from adamae_fast.plan.calibration import calibration
 from adamae_fast.plan.options import PlanOptions
 from adamae_fast.plan.planner import Figure, Plan, make_plan
 
+if TYPE_CHECKING:  # it loads what plans alone do not need
+    from adamae_fast.plan.dry_run import DryRun
+
 
 def add_plan_arguments(parser: ArgumentParser) -> None:
     """Every option of the plan, and every key of a recipe."""
     add_fields(parser, PlanOptions)
+    parser.add_argument("--dry_run", action="store_true", help="Rehearse the set-up of all processes on this machine.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object in place of the table.")
     add_run_arguments(parser, PretrainConfig)
 
@@ -30,14 +35,21 @@ def run_plan(parser: ArgumentParser, arguments: Namespace) -> int:
         arguments[key] = value
     config = build_config(parser, arguments, PretrainConfig)
     plan = make_plan(config, options, calibration())
+    found = None
+    if arguments.dry_run:
+        from adamae_fast.plan.dry_run import dry_run
+
+        found = dry_run(config, options.num_gpus, options.videos.num_videos)
     if arguments.json:
-        print(json.dumps(as_json(plan, options)))
-    else:
-        print_plan(plan, Console())
+        print(json.dumps(as_json(plan, options, found)))
+        return 0
+    print_plan(plan, Console())
+    if found is not None:
+        print_dry_run(found, options.num_gpus)
     return 0
 
 
-def as_json(plan: Plan, options: PlanOptions) -> dict[str, object]:
+def as_json(plan: Plan, options: PlanOptions, found: DryRun | None = None) -> dict[str, object]:
     """Everything of the table. ``high`` is the other end of a figure that is a range, else null."""
     return {
         "command": "plan",
@@ -45,6 +57,7 @@ def as_json(plan: Plan, options: PlanOptions) -> dict[str, object]:
         "options": asdict(options),
         "figures": {key: asdict(figure) for key, figure in plan.figures.items()},
         "warnings": plan.warnings,
+        "dry_run": None if found is None else asdict(found),
     }
 
 
@@ -79,3 +92,25 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(table)
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_dry_run(found: DryRun, num_processes: int) -> None:
+    """What a person reads."""
+    table = Table(
+        "process", "weights, MB", "gradients, MB", "moments, MB", "all, MB",
+        title=f"kept after a step, of {num_processes} processes",
+    )  # fmt: skip
+    for process in found.processes:
+        kept = (process.weights, process.gradients, process.moments, process.total)
+        table.add_row(str(process.rank), *(f"{x / 1e6:,.1f}" for x in kept))
+    console = Console()
+    console.print(table)
+    stream = found.stream
+    console.print(
+        f"{stream.num_places} places of the stream of videos, an epoch and the next one's beginning, in "
+        f"{stream.num_steps} steps: each is seen by exactly one process",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if stream.resumed_with is not None:
+        console.print(f"the same where it goes on half-way with {stream.resumed_with} processes", highlight=False)

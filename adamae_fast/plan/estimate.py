@@ -11,6 +11,7 @@ from adamae_fast.plan import hardware, work
 from adamae_fast.plan.calibration import Calibration, MeasuredStep
 from adamae_fast.plan.hardware import CAUTIOUS, FAST, GIB, GPUS, Gpu
 from adamae_fast.plan.options import PlanOptions
+from adamae_fast.plan.shares import Parameters, passing_bytes, state_bytes
 
 Basis = Literal["measured", "modelled", "exact"]
 """exact: arithmetic on the recipe alone."""
@@ -68,13 +69,13 @@ def usable_bytes(gpu: Gpu) -> float:
     return USABLE_SHARE * (gpu.memory - RESERVED_BYTES)
 
 
-def memory_of(config: PretrainConfig, recompute: Recompute) -> Memory:
-    """Modelled; what is kept for the backward in it is what hooks count."""
-    empty, one = (work.device_bytes(config.model, config.mask, recompute, clips) for clips in (0, 1))
-    per_clip = one - empty
+def memory_of(config: PretrainConfig, parameters: Parameters, num_processes: int, recompute: Recompute) -> Memory:
+    """Modelled, of the first process, which has most; what is kept for the backward in it is what hooks count."""
+    fixed = state_bytes(config, parameters, num_processes, rank=0) + passing_bytes(config, parameters, num_processes)
+    per_clip = work.clip_bytes(config.model, config.mask, recompute)
     if config.train.cuda_graph:
         per_clip *= 2  # the graph's own pool, beside what the first steps took
-    return Memory(fixed=empty, per_clip=per_clip)
+    return Memory(fixed=fixed + work.kept_bytes_once(config.model, config.mask), per_clip=per_clip)
 
 
 def arm_of(config: PretrainConfig) -> str:

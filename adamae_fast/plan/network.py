@@ -4,10 +4,11 @@ W processes; a parameter tensor of S bytes. A ring all-reduce makes each process
 all-gather or a reduce-scatter half of that. All of a node's adapters work at once, so a ring over several nodes runs at
 the slower of NVLink and what a node sends to the others. Latency is left out.
 
-* **DDP**: one all-reduce of the fp32 gradients for each update, in buckets, behind the last backward; the last bucket
+* **ddp**: one all-reduce of the gradients for each update, in buckets, behind the last backward; the last bucket
   (:data:`BUCKET`) has nothing left to hide behind.
-* **FSDP2**: for each forward pass an all-gather of the parameters before the forward and one before the backward, and a
-  reduce-scatter of the gradients; the first block's all-gather and the last one's reduce-scatter are exposed.
+* **fsdp2**: for each pass an all-gather of the parameters before the forward and one before the backward, and for each
+  update one reduce-scatter of the gradients behind the last backward. What is fetched first and reduced last, a block's
+  parameters, has nothing to hide behind.
 """
 
 from __future__ import annotations
@@ -58,22 +59,33 @@ def ddp_traffic(num_processes: int, gradient_bytes: float, rate: float, pass_sec
 
 def fsdp_traffic(
     num_processes: int,
-    parameter_bytes: float,
+    gathered: tuple[float, float],
     gradient_bytes: float,
-    largest_share: float,
+    block_share: float,
     rate: float,
     pass_seconds: float,
     num_passes: int,
 ) -> Traffic:
-    """Of an update of ``num_passes`` passes; ``largest_share`` of the parameters is the largest group's."""
+    """Of an update of ``num_passes`` passes.
+
+    Args:
+        num_processes: W.
+        gathered: bytes of the parameters that a pass fetches before its forward, and before its backward.
+        gradient_bytes: of all gradients.
+        block_share: part of the parameters that a block has.
+        rate: see :func:`ring_rate`.
+        pass_seconds: of one forward and backward.
+        num_passes: forward passes before an update.
+    """
     share = (num_processes - 1) / num_processes
-    gather, reduce = share * parameter_bytes, share * gradient_bytes
-    first, last = gather * largest_share / rate, reduce * largest_share / rate
+    before_forward, before_backward = (share * x for x in gathered)
+    reduced = share * gradient_bytes
     forward, backward = FORWARD_SHARE * pass_seconds, (1 - FORWARD_SHARE) * pass_seconds
-    exposed = max(first, gather / rate - forward) + max(last, (gather + reduce) / rate - backward)
+    first = block_share * before_forward / rate
+    waits = num_passes * max(first, before_forward / rate - forward)
+    waits += (num_passes - 1) * max(0.0, before_backward / rate - backward)
+    waits += max(block_share * reduced / rate, (before_backward + reduced) / rate - backward)
+    fetched = num_passes * (before_forward + before_backward)
     return Traffic(
-        gather_bytes=2 * num_passes * gather,
-        reduce_bytes=num_passes * reduce,
-        seconds=num_passes * (2 * gather + reduce) / rate,
-        exposed_seconds=num_passes * exposed,
+        gather_bytes=fetched, reduce_bytes=reduced, seconds=(fetched + reduced) / rate, exposed_seconds=waits
     )

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from adamae_fast.config import PretrainConfig, Recompute
+from adamae_fast.config_distributed import check_world, distributed_without_effect
 from adamae_fast.plan import network, work
 from adamae_fast.plan.calibration import Calibration
 from adamae_fast.plan.decoding import clip_cost
@@ -20,6 +21,8 @@ from adamae_fast.plan.estimate import (
 )
 from adamae_fast.plan.hardware import GPUS
 from adamae_fast.plan.options import PlanOptions
+from adamae_fast.plan.shares import STATES, Parameters, gathered_bytes, gradient_bytes, share_of, state_bytes
+from adamae_fast.train.schedule import Schedule
 
 FEW_SECONDS = 300
 """Between two checkpoints; more often costs more than it saves."""
@@ -58,6 +61,7 @@ def make_plan(config: PretrainConfig, options: PlanOptions, calibration: Calibra
     Raises ValueError, with the remedy, for a batch that does not fit into the memory and for a precision that the model
     of time does not know.
     """
+    check_world(config, options.num_gpus)
     if config.train.precision == "fp32":
         raise ValueError("train.precision='fp32': plans model products of 16 bits; choose bf16 or fp16")
     plan = _Builder(config, options, calibration)
@@ -76,10 +80,10 @@ class _Builder:
     def __init__(self, config: PretrainConfig, options: PlanOptions, calibration: Calibration) -> None:
         self.config, self.options, self.calibration = config, options, calibration
         self.gpu = GPUS[options.gpu]
-        self.num_parameters = work.num_parameters(config.model, config.mask)
+        self.parameters = Parameters.of(config)
         self.clip = clip_cost(calibration, options, config.model, config.data)
         self.figures: dict[str, Figure] = {}
-        self.warnings: list[str] = config.without_effect()
+        self.warnings: list[str] = [*config.without_effect(), *distributed_without_effect(config, options.num_gpus)]
         self.group = ""
 
     def add(
@@ -95,24 +99,23 @@ class _Builder:
     def run(self) -> None:
         self.group = "run"
         train, num_gpus = self.config.train, self.options.num_gpus
-        self.total_batch = train.batch_size * train.accumulate * num_gpus
+        schedule = Schedule.from_config(self.config, self.options.videos.num_videos, num_gpus)
+        self.total_batch, self.num_steps = schedule.total_batch, schedule.total_steps
         num_clips = self.options.videos.num_videos * self.config.data.repeat
         if self.total_batch > num_clips:
             raise ValueError(
                 f"train.batch_size={train.batch_size}: {self.total_batch} clips in a step on {num_gpus} GPUs, but an "
                 f"epoch has {num_clips}; choose a smaller batch"
             )
-        self.steps_per_epoch = num_clips / self.total_batch
-        self.num_steps = train.steps or math.ceil(train.epochs * self.steps_per_epoch)
-        self.epochs = self.num_steps / self.steps_per_epoch
+        self.epochs = self.num_steps / schedule.steps_per_epoch
         flops = work.step_flops(self.config.model, self.config.mask)
         sizes = work.sizes_of(self.config.model, self.config.mask)
-        self.add("parameters", "parameters", self.num_parameters, "", "exact")
+        self.add("parameters", "parameters", self.parameters.total, "", "exact")
         self.add("visible_tokens", "visible tokens of a clip", sizes.num_visible, f"of {sizes.num_tokens}", "exact")
         self.add("clip_flops", "operations of a clip", flops, "GFLOP", "exact", "forward and backward", 1e9)
         how = f"{train.batch_size} × {train.accumulate} passes × {num_gpus} GPUs, repeated crops counted"
         self.add("total_batch", "clips of a step", self.total_batch, "", "exact", how)
-        how = f"{self.epochs:.4g} epochs of {self.steps_per_epoch:.4g}"
+        how = f"{self.epochs:.4g} epochs of {schedule.steps_per_epoch:.4g}"
         self.add("steps", "steps", self.num_steps, "", "exact", how)
 
     def memory(self) -> None:
@@ -121,13 +124,16 @@ class _Builder:
         how = "a formula that equals what saved-tensor hooks count (tests/bench/test_predict.py)"
         kept = work.kept_bytes(model, mask, train.recompute, "bf16").total()
         self.add("kept_bytes", "kept for the backward, a clip", kept, "MB", "measured", how, 1e6)
-        memory = memory_of(self.config, train.recompute)
+        num_gpus = self.options.num_gpus
+        memory = memory_of(self.config, self.parameters, num_gpus, train.recompute)
         found = measured_step(self.calibration, self.options, self.config)
         total: float = memory.of(train.batch_size)
         basis: Basis = "modelled"
         how = f"{memory.fixed / 1e9:.2f} GB whatever the batch, {memory.per_clip / 1e6:.0f} MB a clip"
         if found is not None and is_measured_model(model, mask) and found.batch == train.batch_size:
             total, basis, how = found.allocated_bytes, "measured", f"{found.source}, {found.arm}, one GPU"
+        states = state_bytes(self.config, self.parameters, num_gpus, rank=0)
+        self.add("state_bytes", "weights, gradients, moments", states, "GB", "exact", self._who_has_most(), 1e9)
         self.add("memory_bytes", "allocated peak", total, "GB", basis, how, 1e9)
         largest = memory.largest_batch(self.gpu, self.config.data.repeat)
         usable = usable_bytes(self.gpu)
@@ -135,7 +141,9 @@ class _Builder:
         self.add("largest_batch", "largest batch that fits", largest, "clips", "modelled", how)
         if train.batch_size > largest:
             others: dict[Recompute, int] = {
-                policy: memory_of(self.config, policy).largest_batch(self.gpu, self.config.data.repeat)
+                policy: memory_of(self.config, self.parameters, num_gpus, policy).largest_batch(
+                    self.gpu, self.config.data.repeat
+                )
                 for policy in work.BLOCK_ELEMENTS
             }
             remedies = ", ".join(f"{clips} with train.recompute={policy}" for policy, clips in others.items())
@@ -144,10 +152,17 @@ class _Builder:
                 f"process can use of an {self.options.gpu}; what fits: {remedies}; train.accumulate keeps the total"
             )
 
+    def _who_has_most(self) -> str:
+        if self.config.distributed.mode == "ddp" or self.options.num_gpus == 1:
+            return "all of them, in fp32"
+        shapes, size = self.parameters.shapes, self.options.num_gpus
+        last = STATES * share_of(shapes, size, size - 1)
+        return f"the first process has most, the last one {last / 1e9:.3g} GB"
+
     def time(self) -> None:
         self.group = "time of a step"
         train, options = self.config.train, self.options
-        one_pass, update, basis, how = step_times(self.calibration, options, self.config, self.num_parameters)
+        one_pass, update, basis, how = step_times(self.calibration, options, self.config, self.parameters.total)
         alone = one_pass.map(train.accumulate).plus(update)
         self.add("step_alone", "computation", alone, "ms", basis if train.accumulate == 1 else "modelled", how, 1e-3)
         traffic = [self._traffic(end) for end in (one_pass.fast, one_pass.slow)]
@@ -174,12 +189,25 @@ class _Builder:
             )
 
     def _traffic(self, pass_seconds: float) -> network.Traffic:
-        options = self.options
+        config, options, parameters = self.config, self.options, self.parameters
         rate = network.ring_rate(self.gpu, options.num_nodes, options.node_network_gbit)
-        return network.ddp_traffic(options.num_gpus, 4 * self.num_parameters, rate, pass_seconds)
+        gradients = gradient_bytes(config, parameters)
+        if config.distributed.mode == "ddp" or options.num_gpus == 1:
+            return network.ddp_traffic(options.num_gpus, gradients, rate, pass_seconds)
+        return network.fsdp_traffic(
+            options.num_gpus,
+            gathered_bytes(config, parameters),
+            gradients,
+            parameters.largest_block / parameters.total,
+            rate,
+            pass_seconds,
+            config.train.accumulate,
+        )
 
     def _what_is_sent(self) -> str:
-        return "fp32 gradients, once for each step"
+        distributed = self.config.distributed
+        gradients = f"{'bf16' if distributed.gradient_compression == 'bf16' else 'fp32'} gradients, once for each step"
+        return f"weights twice for each pass; {gradients}" if distributed.mode == "fsdp2" else gradients
 
     def data(self) -> None:
         self.group = "data path"
@@ -235,7 +263,7 @@ class _Builder:
     def storage(self) -> None:
         self.group = "storage"
         keep = self.config.checkpoint.keep
-        checkpoint = 12 * self.num_parameters
+        checkpoint = 12 * self.parameters.total
         self.add("checkpoint_bytes", "checkpoint", checkpoint, "GB", "exact", "fp32 weights and two moments", 1e9)
         how = f"{keep} are kept, and one is being written"
         self.add("run_bytes", "run", (keep + 1) * checkpoint, "GB", "exact", how, 1e9)
@@ -272,6 +300,7 @@ class _Builder:
         nodes = f"{options.num_nodes} node{'s' * (options.num_nodes > 1)}"
         title = (
             f"{model.size}, {model.num_frames}×{model.frame_size}², {config.mask.strategy} {config.mask.ratio:g}, "
-            f"{train.precision}, recompute {train.recompute}; {options.num_gpus} × {options.gpu} in {nodes}"
+            f"{train.precision}, recompute {train.recompute}; {options.num_gpus} × {options.gpu} in {nodes}, "
+            f"{config.distributed.mode if options.num_gpus > 1 else 'one process'}"
         )
         return Plan(title=title, figures=self.figures, warnings=self.warnings)

@@ -136,18 +136,26 @@ def num_parameters(model: ModelConfig, mask: MaskConfig) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(model, mask).values())
 
 
-def device_bytes(model: ModelConfig, mask: MaskConfig, recompute: Recompute, batch_size: int) -> int:
-    """Estimate of a GPU's allocated peak with our step in bf16, without a graph's pool.
+def clip_bytes(model: ModelConfig, mask: MaskConfig, recompute: Recompute) -> int:
+    """Estimate of what one clip more adds to a GPU's allocated peak in bf16, without a graph's pool.
 
-    fp32 parameters, gradients and moments; their bf16 casts; clips; what is kept; the buffers of one block's backward
-    (16 bytes a token and channel of the decoder, once more all of a block where blocks are computed again).
+    The clip; what is kept; the buffers of one block's backward (16 bytes a token and channel of the decoder, once more
+    all of a block where blocks are computed again).
     """
     s = sizes_of(model, mask)
-    kept = kept_bytes(model, mask, recompute, "bf16").total() + s.pixels
     transient = 16 * s.decoder_tokens * s.decoder.width
     if recompute == "block":
         transient += 24 * s.num_tokens * s.encoder.width
-    return num_parameters(model, mask) * (16 + 2) + kept_bytes_once(model, mask) + batch_size * (kept + transient)
+    return kept_bytes(model, mask, recompute, "bf16").total() + s.pixels + transient
+
+
+def device_bytes(model: ModelConfig, mask: MaskConfig, recompute: Recompute, batch_size: int) -> int:
+    """Estimate of a GPU's allocated peak with our step in bf16: a single process, no graph.
+
+    fp32 parameters, gradients and moments; their bf16 casts; and :func:`clip_bytes`.
+    """
+    fixed = num_parameters(model, mask) * (16 + 2) + kept_bytes_once(model, mask)
+    return fixed + batch_size * clip_bytes(model, mask, recompute)
 
 
 def step_flops(model: ModelConfig, mask: MaskConfig) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from shlex import quote
 
 import torch
 from rich.console import Console
@@ -115,7 +116,7 @@ def _finetune(config: FinetuneConfig, world: World, device: torch.device, consol
 def _read(key: str, manifest: str, root: str | None, num_classes: int | None) -> tuple[LabelledVideos, int]:
     if not manifest:
         raise ValueError(f"{key} is required: name an annotation file with labels, or a folder that data prepare wrote")
-    entries = read_manifest(manifest, root)
+    entries = read_manifest(manifest, root, (key, key.replace("manifest", "root")))
     labels, num_classes = read_labels(entries, manifest, num_classes)
     return LabelledVideos(entries, labels), num_classes
 
@@ -241,5 +242,6 @@ def _write_summary(
         summary |= {"best_step": best["step"], "best_top1": best["top1"], "best_top5": best["top5"]}
     summary["best"] = None if best_checkpoint is None else str(best_checkpoint)
     write_summary_file(run, summary)
-    print_summary(summary, ("best", "metrics", "checkpoint"), console)
+    next_commands = [f"adamae-fast evaluate {quote(str(run.path))}"] if step == total_steps else []
+    print_summary(summary, ("best", "metrics", "checkpoint"), console, next_commands)
     return summary

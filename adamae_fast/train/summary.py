@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice, repeat
+from shlex import quote
 
 from rich.console import Console
 
-from adamae_fast.config import PretrainConfig, RunConfig
+from adamae_fast.config import ModelConfig, PretrainConfig, RunConfig
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.synthetic import read_boxes
 from adamae_fast.model.adamae import AdaMAE
@@ -18,6 +19,9 @@ from adamae_fast.report.visualize import Report, write_report
 from adamae_fast.run_folder import RunFolder, read_json_lines
 
 log = logging.getLogger("adamae_fast")
+
+_CLASSIFIER_KEYS = ("size", "num_frames", "frame_size", "tubelet_size", "patch_size")
+"""Of the group ``model``: what a classifier must have as its encoder has it."""
 
 NUM_PICTURED = 6
 NUM_BOXED = 64
@@ -52,8 +56,30 @@ def write_summary(
                     if isinstance(figure, dict):
                         summary[f"adaptivity_{name}"] = _rounded(figure["value"])
                 write_summary_file(run, summary)
-    print_summary(summary, ("report", "metrics", "checkpoint"), console)
+    is_finished = step == total_steps
+    next_commands = suggest_commands(run, config, model, entries) if is_finished else ()
+    print_summary(summary, ("report", "metrics", "checkpoint"), console, next_commands)
     return summary
+
+
+def suggest_commands(run: RunFolder, config: PretrainConfig, model: AdaMAE, entries: Sequence[Entry]) -> list[str]:
+    """Commands to go on with after pre-training. What stands in capitals is the user's to give."""
+    bad = {line["path"] for line in read_json_lines(run.quarantine)}
+    videos = [entry.path for entry in entries[:NUM_BOXED] if entry.kind == "video" and entry.path not in bad]
+    commands = []
+    if videos:
+        command = "visualize" if model.sampler is None else "saliency"
+        commands.append(f"adamae-fast {command} {quote(str(run.path))} {quote(videos[0])}")
+    default = ModelConfig()
+    sizes = {key: getattr(config.model, key) for key in _CLASSIFIER_KEYS}
+    options = [f"--model.{key}={value}" for key, value in sizes.items() if value != getattr(default, key)]
+    labelled = all(entry.label is not None for entry in entries)
+    lists = [f"--data.manifest {quote(config.data.manifest) if labelled else 'LABELLED_LIST'}"]
+    if labelled and config.data.root:
+        lists.append(f"--data.root {quote(config.data.root)}")
+    lists.append("--val.manifest ANOTHER_LIST")
+    commands.append(" ".join(["adamae-fast finetune --init", quote(str(run.path)), *options, *lists]))
+    return commands
 
 
 def summarize(run: RunFolder, step: int, total_steps: int, stopped_by: str | None) -> dict[str, object]:
@@ -83,13 +109,16 @@ def print_stopped(config: RunConfig, step: int, stopped_by: str, console: Consol
     console.print(f"stopped by {stopped_by} after step {step}; {command} continues", soft_wrap=True)
 
 
-def print_summary(summary: Mapping[str, object], names: Sequence[str], console: Console) -> None:
-    """Print how the loss fell, those of ``names`` that there are, and the whole as one line of JSON."""
+def print_summary(
+    summary: Mapping[str, object], names: Sequence[str], console: Console, next_commands: Sequence[str] = ()
+) -> None:
+    """Print how the loss fell, those of ``names`` that there are, what to run next, and the whole as a line of JSON."""
     lines = {name: summary.get(name) for name in names}
     if summary["loss_fall"] is not None:
         fall = f"{summary['loss_first']:.4g} → {summary['loss_last']:.4g} (mean of the last lines of metrics.jsonl)"
         lines = {"loss": fall, **lines}
     print_facts(((name, str(value)) for name, value in lines.items() if value is not None), console)
+    print_facts(zip(chain(["next"], repeat("")), next_commands, strict=False), console)
     console.out(json.dumps(summary), highlight=False)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from adamae_fast.data.check import check_manifest
 from adamae_fast.data.manifest import ManifestError
+from adamae_fast.data.prepare import prepare
 
 
 @pytest.fixture
@@ -40,6 +41,7 @@ def test_json(manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b, images, text, missing, unknown = printed["rows"]
     assert a == {
         "path": str(manifest.parent / "a.mp4"),
+        "label": 1,
         "codec": "h264",
         "width": 64,
         "height": 48,
@@ -57,21 +59,37 @@ def test_json(manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {missing[key] for key in ("codec", "width", "frames", "decoder")} == {None}
 
 
+def rows_of(text: str) -> dict[str, list[str]]:
+    """First word of each line, and the others; empty cells are gone."""
+    return {words[0]: words[1:] for line in text.splitlines() if (words := line.split())}
+
+
 def test_table(manifest: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert check_manifest(str(manifest)) == 1
-    lines = capsys.readouterr().out.strip().splitlines()
-    cells = {row[0]: row[1:] for line in lines if (row := [cell.strip() for cell in line.split("│")[1:-1]])}
-    decoder = "pyav"
-    assert cells["a.mp4"] == ["h264", "64×48", "30", "25.00", "1.20 s", decoder]
-    assert cells["images"] == ["png", "64×48", "4", "", "", "pillow"]
-    assert cells["missing.mp4"] == ["", "", "", "", "", "unreadable"]
-    assert len(cells) == 6
+    text = capsys.readouterr().out
+    lines, rows = text.strip().splitlines(), rows_of(text)
+    assert rows["file"] == ["label", "codec", "size", "frames", "fps", "duration", "decoder"]
+    assert rows["a.mp4"] == ["1", "h264", "64×48", "30", "25.00", "1.20", "s", "pyav"]
+    assert rows["images"] == ["png", "64×48", "4", "pillow"]
+    assert rows["missing.mp4"] == ["3", "unreadable"]
     folder = manifest.parent
     assert lines[-4].startswith(f"unreadable: {folder}/text.mp4: no video, cut short or damaged")
     assert lines[-3] == f"unreadable: {folder}/missing.mp4: no such file or directory"
     assert lines[-2].startswith(f"unreadable: {folder}/unknown.mp4: no decoder for codec")
     assert lines[-1] == "6 videos, 3 unreadable"
+
+
+def test_a_line_of_a_prepared_video_fits_80_columns(
+    manifest: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = manifest.parent / "prepared"
+    prepare(str(manifest), str(out), num_workers=1)
+    capsys.readouterr()
+    assert check_manifest(str(out)) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["00000000.mp4"] == ["1", "h264", "64×48", "30", "25.00", "1.20", "s", "pyav"]
 
 
 def test_everything_readable(tmp_path: Path, write_video: Callable[..., Path]) -> None:
@@ -91,6 +109,13 @@ def test_damage_in_the_middle_is_found(shared_clips: Path, tmp_path: Path, capsy
 
 
 def test_errors_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ManifestError, match="MANIFEST='nowhere': no such file or folder"):
+        check_manifest("nowhere")
+    with pytest.raises(ManifestError, match="--root='x': has no effect on a folder of videos"):
+        check_manifest(str(tmp_path), root="x")
+    (tmp_path / "list.txt").write_text("a.mp4\n")
+    with pytest.raises(ManifestError, match="set --root to the folder that they really start from"):
+        check_manifest(str(tmp_path / "list.txt"))
     with pytest.raises(ManifestError, match="no videos in this folder"):
         check_manifest(str(tmp_path))
     monkeypatch.setattr("adamae_fast.data.decode.decord_is_installed", lambda: False)

@@ -207,7 +207,7 @@ def test_a_killed_run_is_seen_and_goes_on_to_the_same_bytes(featured, pooled, tm
     # The command that the index names is the one that goes on.
     words = json.loads((folder / "features.json").read_text())["command"].split()
     assert words[0] == "adamae-fast"
-    assert main([*words[1:], "--data.max_bad_share=0.5", "--data.num_workers=0"]) == 0
+    assert main([*words[1:], f"--output_dir={folder}", "--data.max_bad_share=0.5", "--data.num_workers=0"]) == 0
     assert [entry.path for entry in shown] == [entry.path for entry in read_manifest(str(featured.manifest))[4:]]
     assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == before
     assert shard_bytes(folder) == shard_bytes(pooled.path)
@@ -271,7 +271,8 @@ def test_folders_that_cannot_be_read(pooled, tmp_path):
     with pytest.raises(FeaturesError, match=r"shard-00001\.safetensors: damaged .*remove it, and extract again"):
         FeatureFolder(folder)
     shard.unlink()
-    with pytest.raises(FeaturesError, match=r"1 of 2 shards are there; bring the others back, or let the command"):
+    remedy = r"bring the others back, or make them again.*: adamae-fast extract .* --output_dir=.*copy"
+    with pytest.raises(FeaturesError, match=f"1 of 2 shards are there; {remedy}"):
         FeatureFolder(folder)
     (folder / "features.json").write_text("{}")
     with pytest.raises(FeaturesError, match="not the index of features"):

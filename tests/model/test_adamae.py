@@ -252,6 +252,13 @@ def test_unfitting_video_is_refused_with_both_shapes(clip):
         build()(clip)
 
 
+@pytest.mark.parametrize("wrong", [{"seeds": 3}, {"seeds": [1, 2]}, {"visible_ids": [[0, 1]]}, {"video": [0]}])
+def test_what_is_no_tensor_is_named(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"^{name} is a {type(value).__name__}; pass "):
+        build()(**{"video": video(), **wrong})
+
+
 def test_float_video_is_refused():
     with pytest.raises(ValueError, match=r"dtype torch\.float32; pass uint8"):
         build()(video(1).float())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,10 +22,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from adamae_fast import AdaMAE
-from adamae_fast.config import load_config, save_config
+from adamae_fast.cli import main
+from adamae_fast.config import MaskConfig, ModelConfig, PretrainConfig, load_config, save_config
+from adamae_fast.data.manifest import Entry
 from adamae_fast.run_folder import RunFolder, read_json_lines
 from adamae_fast.train.pretrain import KEYS, changed_choices, pretrain
 from adamae_fast.train.step import Stepper
+from adamae_fast.train.summary import suggest_commands
 
 STEPS = 14
 SAVE_EVERY = 3  # an epoch has 5 clips in batches of 2: saves fall into the middle of epochs
@@ -135,6 +139,33 @@ def test_a_run_killed_at_several_moments_equals_the_uninterrupted_one(recipe, un
     assert losses(output_dir) == losses(expected)
     final = [load_file(RunFolder(folder).checkpoint(STEPS) / "model.safetensors") for folder in (expected, output_dir)]
     assert all((final[0][name] == final[1][name]).all() for name in final[0])
+
+
+def test_the_commands_to_run_next_do_run(uninterrupted, recipe, tmp_path, capsys):
+    output_dir, finished = uninterrupted
+    lines = finished.stdout.splitlines()
+    (first,) = [number for number, line in enumerate(lines) if line.startswith("next ")]
+    saliency, finetune = (shlex.split(line.removeprefix("next")) for line in lines[first:-1])
+    assert saliency[:3] == ["adamae-fast", "saliency", str(output_dir)]
+    assert main([*saliency[1:], "--out", str(tmp_path / "saliency"), "--device", "cpu"]) == 0
+    val = finetune.index("ANOTHER_LIST")
+    finetune[val] = finetune[finetune.index("--data.manifest") + 1]
+    small = ["--train.steps=1", "--train.batch_size=2", "--data.num_workers=0", "--augment.layers=0"]
+    small += [f"--output_dir={tmp_path / 'finetuned'}", "--train.device=cpu", "--log.tensorboard=false"]
+    assert main([*finetune[1:], *small]) == 0
+    assert f"next          adamae-fast evaluate {tmp_path / 'finetuned'}\n" in capsys.readouterr().out
+
+
+def test_what_to_run_next_fits_the_run(tmp_path):
+    config = PretrainConfig(mask=MaskConfig(strategy="tube", ratio=0.9), model=ModelConfig(size="nano", frame_size=32))
+    model, run = AdaMAE(config.model, config.mask), RunFolder(tmp_path / "my run")
+    entries = [Entry("a b.mp4", None), Entry("c.mp4", None)]
+    assert suggest_commands(run, config, model, entries) == [
+        f"adamae-fast visualize '{run.path}' 'a b.mp4'",
+        f"adamae-fast finetune --init '{run.path}' --model.size=nano --model.frame_size=32 "
+        "--data.manifest LABELLED_LIST --val.manifest ANOTHER_LIST",
+    ]
+    assert len(suggest_commands(run, config, model, [Entry("images", 0, num_frames=8, kind="frames")])) == 1
 
 
 @pytest.mark.parametrize("where", ["read_figures", "accumulate"])
