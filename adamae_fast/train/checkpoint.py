@@ -23,7 +23,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -172,7 +172,7 @@ class CheckpointSaver:
             # A new thread would look at the first GPU, whichever is this process's.
             set_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
             self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=set_device)
-        return self._thread.submit(_write, draft, write, self._stager.stage(files))
+        return self._thread.submit(_write, draft, write, cast(_Files, self._stager.stage(files)))
 
 
 def save_checkpoint(

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -102,7 +102,7 @@ class _ShardWriter(dcp.HuggingFaceStorageWriter):
         for file in self._files:
             targets = {
                 name: torch.empty(stored.size, dtype=stored.properties.dtype)
-                for name, stored in metadata.state_dict_metadata.items()
+                for name, stored in _tensors(metadata).items()
                 if name.startswith(f"{file}{_IN_FILE}")
             }
             _read(self._folder, targets, alone=True)
@@ -122,7 +122,7 @@ def read_moments(folder: Path, parameters: Mapping[str, nn.Parameter]) -> dict[s
     The number of processes may be another than when it was written; each reads only its part of a split tensor.
     """
     targets: dict[str, Tensor] = {}
-    for name, stored in dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+    for name, stored in _tensors(dcp.HuggingFaceStorageReader(str(folder)).read_metadata()).items():
         parameter = parameters.get(name.rpartition(".")[0])
         if parameter is not None and parameter.shape == stored.size:
             targets[name] = torch.empty_like(parameter, dtype=stored.properties.dtype, requires_grad=False)
@@ -137,6 +137,10 @@ def split_like(whole: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    return {name: of for name, of in metadata.state_dict_metadata.items() if isinstance(of, TensorStorageMetadata)}
 
 
 def _read(folder: Path, targets: dict[str, Tensor], alone: bool) -> None:

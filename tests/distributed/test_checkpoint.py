@@ -105,7 +105,7 @@ def test_weights_are_the_same_file_whoever_wrote_them(written, name):
 
 def test_moments_are_written_once_and_by_all(written):
     shapes = {}
-    for path in RunFolder(written / "whole").checkpoint(3).glob(SHARDS):
+    for path in (RunFolder(written / "whole").checkpoint(3) / "optimizer").iterdir():  # nothing there is a pickle
         with safe_open(path, "pt") as shard:
             shapes[path.name] = {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118
     one, two = shapes.values()
