@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from adamae_fast.device import pick_device
+from adamae_fast.distributed.processes import every_process_says
 from adamae_fast.errors import RunStoppedError, ToldByFirstError, require
 
 T = TypeVar("T")
@@ -46,11 +47,7 @@ class World:
 
     def gather(self, mine: T) -> list[T]:
         """Return what each process gives, in the order of their ranks."""
-        if self.size == 1:
-            return [mine]
-        parts: list[T | None] = [None] * self.size
-        dist.all_gather_object(parts, mine)
-        return cast(list[T], parts)
+        return every_process_says(mine)
 
     def news(self, mine: T | None = None) -> dict[int, T]:
         """Return what processes have to tell, by their rank: a few bytes travel where none of them has anything."""
@@ -159,7 +156,7 @@ def fresh_store(world: World, timeout: float) -> dist.Store:
     if not world.is_first:
         store.set(f"hello/{world.rank}", mine)
         chosen = store.get(f"answer/{mine}").decode()
-        store.set(f"met/{chosen}/{world.rank}", "")
+        store.set(f"met/{chosen}/{world.rank}", "yes")
         return dist.PrefixStore(chosen, store)
     missing = list(range(1, world.size))
     give_up = time.monotonic() + timeout

@@ -32,16 +32,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adamae_fast.config import RunConfig, load_run_config, save_config
-from adamae_fast.run_folder import CONFIG_FILE, MODEL_FILE, RunFolder, checkpoint_step
-from adamae_fast.tensor_file import write_tensors_file
-from adamae_fast.train.optim import export_state, import_state
-from adamae_fast.train.processes import (
+from adamae_fast.distributed.processes import (
     every_process_says,
     first_process_does,
     is_spread,
     num_processes,
     process_index,
 )
+from adamae_fast.run_folder import CONFIG_FILE, MODEL_FILE, RunFolder, checkpoint_step
+from adamae_fast.tensor_file import write_tensors_file
+from adamae_fast.train.optim import export_state, import_state
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.staging import DefaultStager

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from adamae_fast.distributed.processes import num_processes, process_index
 from adamae_fast.tensor_file import write_tensors_file
-from adamae_fast.train.processes import num_processes, process_index
 
 _IN_FILE = ":"
 """Between a file's name and a tensor's, in the shards of what becomes a whole file."""

@@ -149,7 +149,7 @@ class BaseStepper(ABC, Generic[ModelT]):
 
     def _update(self) -> None:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        own_figures = self._figures.clone()
+        own_figures = self._figures.clone() if self._world.size > 1 else self._figures
         self._world.average(self._figures)
         if self.scaler.is_enabled():
             # Infinite gradients are fp16's normal way to find its scale, and the scaler skips such a step by itself.
@@ -174,7 +174,8 @@ class BaseStepper(ABC, Generic[ModelT]):
         self.optimizer.zero_grad(set_to_none=True)
 
     def _observe(self, own_figures: Tensor, norm: Tensor) -> None:
-        values, own = (torch.cat((figures, norm[None])) for figures in (self._figures, own_figures))
+        own = torch.cat((own_figures, norm[None]))
+        values = torch.cat((self._figures, norm[None])) if self._world.size > 1 else own
         self.guard.observe(self._step_on_device, values, own)
 
     def take_weights(self, weights: Mapping[str, Tensor]) -> None:
