@@ -66,7 +66,7 @@ def steps(folder: Path, rank: int, *, accumulate=1, **options) -> dict[str, Any]
     """Take STEPS steps; keep figures, visible ids of each clip in the order of the step, and all parameters."""
     with joined("cpu", "train.device", 90) as (world, device):
         config = config_of(accumulate=accumulate, **options)
-        compiler = partial(compile_blocks, backend="aot_eager")
+        compiler = partial(compile_blocks, backend="eager")
         with patch.object(step, "compile_blocks", compiler):
             stepper = Stepper(config, device, world)
         seen: list[list[list[int]]] = []
