@@ -241,10 +241,11 @@ def _write_shards(
     num_views = config.views.temporal * config.views.spatial
     shown_views = show_views(
         features_of(source.model, options.tokens),
-        [entries[i] for i in numbers],
+        entries,
         config,
         config.views,
         device=next(source.model.parameters()).device,
+        numbers=numbers,
     )
     dtype = DTYPES[options.dtype or DEFAULT_DTYPES[options.tokens]]
     with (
@@ -263,10 +264,10 @@ def _write_shards(
                 shown = next(shown_views)
                 bad += shown.bad
                 if shown.outputs_BX is not None:
-                    merged_VX = merge_features(shown.outputs_BX, options.tokens, num_views)
-                    require_finite(merged_VX.to(dtype), shown.ids_V, [entries[i] for i in numbers], "features")
-                    features.append(merged_VX.to(dtype).cpu())
-                    ids += [numbers[i] for i in shown.ids_V.tolist()]
+                    features_VX = merge_features(shown.outputs_BX, options.tokens, num_views).to(dtype).cpu()
+                    require_finite(features_VX, shown.ids_V, entries, "features")
+                    features.append(features_VX)
+                    ids += shown.ids_V.tolist()
                 waiting -= len(shown.ids_V) + len(shown.bad)
                 progress.advance(task, len(shown.ids_V) + len(shown.bad))
             store.write(shard, ShardContent(torch.cat(features), ids, bad), entries)
