@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -210,13 +211,17 @@ def _store(source: Source, options: ExtractConfig) -> FeatureStore:
         "shard_videos": -(-options.shard_videos // per_batch) * per_batch,
     }
     width = source.model.tokenizer.weight.shape[0]
-    told = {"data.manifest": config.data.manifest, "data.root": config.data.root, **settings}
-    words = [f"--{key}={value}" for key, value in told.items() if value is not None and not key.endswith("_sha256")]
-    command = ["adamae-fast", "extract", str(source.checkpoint), *words]
+    # Whoever reads the index may be in another folder.
+    paths = {
+        "checkpoint": os.path.abspath(source.checkpoint),
+        "data.manifest": os.path.abspath(os.path.expanduser(config.data.manifest)),
+        "data.root": None if config.data.root is None else os.path.abspath(os.path.expanduser(config.data.root)),
+    }
+    told = {key: value for key, value in {**paths, **settings}.items() if not key.endswith("_sha256")}
+    words = [f"--{key}={value}" for key, value in told.items() if value is not None and key != "checkpoint"]
+    command = ["adamae-fast", "extract", paths["checkpoint"], *words]
     facts = {
-        "checkpoint": str(source.checkpoint),
-        "data.manifest": config.data.manifest,
-        "data.root": config.data.root,
+        **paths,
         "command": shlex.join(command),
         "shape": [width] if options.tokens == "pooled" else [num_views * source.model.grid.num_tokens, width],
         "versions": {"adamae-fast": __version__, "torch": torch.__version__},
