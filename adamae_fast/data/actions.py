@@ -176,7 +176,9 @@ class Film:
         palette, looks = palette_of(split), LOOKS[split]
 
         def new_sprite(diameter: float) -> Floats:
-            return sprite(rng, max(8, round(diameter)), palette, looks[rng.integers(len(looks))])
+            # Of a pattern that repeats itself within a few frames of its way, the direction would be ambiguous.
+            coarseness = 1.6 * side / 80
+            return sprite(rng, max(8, round(diameter)), palette, looks[rng.integers(len(looks))], coarseness)
 
         # One texel is one pixel where a sprite is largest, so that sampling only ever shrinks it.
         self.sprites = [new_sprite(d * float(self.motion.scale_T.max())) for d in self.motion.diameters]
