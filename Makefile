@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint sanitize test-triton-3.6 gpu gpu-rehearsal clean
+.PHONY: demo test test-faults lint sanitize test-triton-3.6 gpu gpu-rehearsal clean
 
 demo: $(INSTALLED) ## render videos, pre-train on them, write runs/demo/report.html
 	test -d runs/demo-videos || $(BIN)/adamae-fast data synth runs/demo-videos
@@ -13,6 +13,9 @@ demo: $(INSTALLED) ## render videos, pre-train on them, write runs/demo/report.h
 
 test: $(INSTALLED) lint ## lint, types and the whole test suite
 	$(BIN)/pytest -n 2
+
+test-faults: $(INSTALLED) ## kill -9 at ten moments, a host cut off, a full disk; the last two take root
+	$(BIN)/pytest -m faults tests/distributed
 
 # The library with GCC's address and undefined-behaviour sanitizers, in a copy of the tree; the normal one stays.
 SANITIZE := -fsanitize=address,undefined

@@ -388,6 +388,11 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints that are kept."""
 
+    asynchronous: bool = False
+    """Go on with the next step once weights and moments are copied to host memory, and write the files meanwhile. That
+    takes host memory of a checkpoint's size, divided among the processes; a run stops before the next save at the
+    latest if the files could not be written."""
+
     def __post_init__(self) -> None:
         _require(self.every >= 1, "checkpoint.every", self.every, "choose at least 1 step")
         _require(self.keep >= 2, "checkpoint.keep", self.keep, "keep at least 2, so that one broken file loses nothing")

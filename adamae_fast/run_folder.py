@@ -2,6 +2,7 @@
 
 ``config.yaml``, ``metrics.jsonl``, ``quarantine.jsonl``, ``summary.json``, ``report.html``, ``tensorboard/`` and
 ``checkpoints/step_00000100/`` with ``model.safetensors``, ``optimizer.safetensors``, ``state.json``, ``config.yaml``.
+Several processes write the folder ``optimizer/`` in place of that file.
 Fine-tuning adds ``validation.jsonl``, ``quarantine_val.jsonl`` and, by ``adamae-fast evaluate``, ``evaluation/``.
 """
 

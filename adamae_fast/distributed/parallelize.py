@@ -1,18 +1,17 @@
-"""How a model is shared among processes: PyTorch's DDP or FSDP2, put around what recomputes and is compiled already."""
+"""How a model is shared among processes: PyTorch's DDP or FSDP2, put around what recomputes and is compiled already.
+
+What only several processes need is imported where they need it: it takes a second, which one process can do without.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adamae_fast.config import Precision, RunConfig
@@ -36,6 +35,9 @@ def parallelize(
         return model
     if config.mode == "ddp":
         return _replicate(model, config)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(device.type, (world.size,))
     reduce_dtype = torch.bfloat16 if config.gradient_compression == "bf16" else torch.float32
     in_blocks = MixedPrecisionPolicy(
@@ -59,13 +61,11 @@ def _replicate(model: nn.Module, config: DistributedConfig) -> DistributedDataPa
     options: dict[str, Any] = {no_sync: False, "gradient_as_bucket_view": True}
     replica = DistributedDataParallel(model, **options)
     if config.gradient_compression == "bf16":
-        replica.register_comm_hook(None, _compress)
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        # Within another function, since under its own name PyTorch refuses it where there is no NCCL.
+        replica.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
     return replica
-
-
-def _compress(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """PyTorch's own, which under its own name is refused without NCCL."""
-    return bf16_compress_hook(group, bucket)  # type: ignore[arg-type]
 
 
 def describe_sharing(config: RunConfig, world: World) -> str:
@@ -79,18 +79,37 @@ def describe_sharing(config: RunConfig, world: World) -> str:
 
 def only_last_syncs(network: nn.Module, is_last: bool) -> AbstractContextManager[None]:
     """Return the context for forward and backward of a micro-batch: gradients travel with a step's last one alone."""
-    if isinstance(network, FSDPModule):
+    if isinstance(network, DistributedDataParallel):
+        return nullcontext() if is_last else cast(AbstractContextManager[None], network.no_sync())
+    if _is_shared(network):
         network.set_requires_gradient_sync(is_last)
-        return nullcontext()
-    if isinstance(network, DistributedDataParallel) and not is_last:
-        return cast(AbstractContextManager[None], network.no_sync())
     return nullcontext()
+
+
+def _is_shared(module: Any) -> bool:
+    """Whether ``fully_shard`` has made it an FSDPModule."""
+    return hasattr(module, "set_requires_gradient_sync")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return ``tensor``, put together where each process has a share of it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def load_whole(model: nn.Module, weights: Mapping[str, Tensor], world: World) -> None:
+    """Load whole weights into ``model``, of which each process may have a share."""
+    if world.size == 1:
+        model.load_state_dict(weights)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
 
 
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
     """Let every process have all weights of ``model`` meanwhile, so that each can call it as often as it likes."""
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    shards: list[Any] = [module for module in model.modules() if _is_shared(module)]
     for shard in shards:
         shard.unshard()
         shard.set_reshard_after_forward(False, recurse=False)

@@ -8,17 +8,20 @@ one process each of these is a plain call.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from adamae_fast.device import pick_device
+from adamae_fast.distributed.processes import every_process_says
 from adamae_fast.errors import RunStoppedError, ToldByFirstError, require
 
 T = TypeVar("T")
@@ -44,11 +47,7 @@ class World:
 
     def gather(self, mine: T) -> list[T]:
         """Return what each process gives, in the order of their ranks."""
-        if self.size == 1:
-            return [mine]
-        parts: list[T | None] = [None] * self.size
-        dist.all_gather_object(parts, mine)
-        return cast(list[T], parts)
+        return every_process_says(mine)
 
     def news(self, mine: T | None = None) -> dict[int, T]:
         """Return what processes have to tell, by their rank: a few bytes travel where none of them has anything."""
@@ -120,8 +119,14 @@ def joined(device: str, key: str, timeout: float) -> Iterator[tuple[World, torch
     if world.size == 1:
         yield World(), own
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
     try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout),
+            store=fresh_store(world, timeout),
+            rank=world.rank,
+            world_size=world.size,
+        )
         yield world, own
     except RuntimeError as error:
         if not _is_loss_of_contact(error):
@@ -132,6 +137,38 @@ def joined(device: str, key: str, timeout: float) -> Iterator[tuple[World, torch
             f"again, goes on from the last checkpoint ({str(error).splitlines()[0]})"
         ) from error
     dist.destroy_process_group()
+
+
+def fresh_store(world: World, timeout: float) -> dist.Store:
+    """Return a store in which these processes meet, and nothing is left of those before a restart.
+
+    torchrun keeps one store for all restarts, and PyTorch's processes would find in it where those that have ended
+    listened, and wait for them in vain. (It is so at least up to PyTorch 2.13.) So the first process chooses a name for
+    the part of it that is theirs, and gives it to each other one that says hello; the hello of one that has ended is
+    answered, too, and not acknowledged.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        address, port, world.size, is_master=world.is_first and not by_torchrun, timeout=timedelta(seconds=timeout)
+    )
+    mine = uuid4().hex
+    if not world.is_first:
+        store.set(f"hello/{world.rank}", mine)
+        chosen = store.get(f"answer/{mine}").decode()
+        store.set(f"met/{chosen}/{world.rank}", "yes")
+        return dist.PrefixStore(chosen, store)
+    missing = list(range(1, world.size))
+    give_up = time.monotonic() + timeout
+    while missing:
+        if time.monotonic() > give_up:
+            raise dist.DistStoreError(f"ranks {missing} have not said hello")
+        for rank in missing:
+            if store.check([f"hello/{rank}"]):
+                store.set(f"answer/{store.get(f'hello/{rank}').decode()}", mine)
+        missing = [rank for rank in missing if not store.check([f"met/{mine}/{rank}"])]
+        time.sleep(0.01)
+    return dist.PrefixStore(mine, store)
 
 
 def _own_device(name: str, key: str) -> torch.device:

@@ -4,33 +4,58 @@
 ``state.json`` (step, number of videos, loss scale, size and CRC of every file) and ``config.yaml``. Data position,
 learning rate and random numbers are functions of the configuration and the step. Where a moving average of the weights
 is kept, ``model.safetensors`` holds that, and ``trained.safetensors`` the weights that training goes on with.
+
+Several processes write the moments as shards, ``optimizer/*.safetensors``, by torch.distributed.checkpoint; all else is
+the same, and any number of processes continues from either kind, to the bit.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adamae_fast.config import RunConfig, load_run_config, save_config
+from adamae_fast.distributed.processes import (
+    every_process_says,
+    first_process_does,
+    is_spread,
+    num_processes,
+    process_index,
+)
 from adamae_fast.run_folder import CONFIG_FILE, MODEL_FILE, RunFolder, checkpoint_step
 from adamae_fast.tensor_file import write_tensors_file
 from adamae_fast.train.optim import export_state, import_state
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.staging import DefaultStager
+
 OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER_FOLDER = "optimizer"
 TRAINED_FILE = "trained.safetensors"
 STATE_FILE = "state.json"
 _UNFINISHED = ".unfinished_"
+
+_Files = dict[str, dict[str, Tensor]]
+"""What a checkpoint's files hold, by their names."""
+
+log = logging.getLogger("adamae_fast")
 
 
 class CheckpointError(ValueError):
@@ -54,44 +79,113 @@ class RunState:
     """Clips of a step on all processes; None in what was written when there was always one process."""
 
 
+class CheckpointSaver:
+    """Writes the checkpoints of a run, each complete or not at all, and drops the oldest beyond ``checkpoint.keep``.
+
+    The checkpoint of the run's best validation is never dropped. With ``checkpoint.asynchronous``, :meth:`save` returns
+    once the tensors are copied to host memory; a thread writes, and only then does the checkpoint get its name. At most
+    one is under way: the next :meth:`save`, and the end of the ``with`` block, wait for it and raise what went wrong.
+
+    Several processes call each method together.
+    """
+
+    def __init__(self, run: RunFolder, config: RunConfig) -> None:
+        self._run = run
+        self._config = config
+        self._under_way: Future[None] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._stager: DefaultStager | None = None
+        self._group: dist.ProcessGroup | None = None
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except Exception as failure:
+            if kind is None:
+                raise
+            log.error("%s", failure)  # the error that ends the run is the one to raise
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+            if self._stager is not None:
+                self._stager.close()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is under way, if any, is complete. Raises OSError if it cannot be."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: RunState,
+        averaged: Mapping[str, Tensor] | None = None,
+    ) -> Path:
+        """Save weights, moments and ``state``; return the folder that the checkpoint has, or will have.
+
+        ``averaged`` is a moving average of the weights, under their names.
+
+        Raises OSError in every process where one could not write, also where that was the checkpoint before this one.
+        The checkpoints before it are kept.
+        """
+        self.wait()
+        target = self._run.checkpoint(state.step)
+        draft = self._run.checkpoints / f"{_UNFINISHED}{target.name}"
+        files = {MODEL_FILE: {name: p.detach().contiguous() for name, p in model.state_dict().items()}}
+        if averaged is not None:
+            files[TRAINED_FILE] = files[MODEL_FILE]
+            files[MODEL_FILE] = files[MODEL_FILE] | {name: average.contiguous() for name, average in averaged.items()}
+        files[OPTIMIZER_FILE] = _optimizer_tensors(model, optimizer)
+
+        first_process_does(partial(_begin, self._run, draft))
+        complete = partial(_complete, self._run, self._config, state, draft, self._run.best_checkpoint())
+        write: Callable[[_Files], None] = partial(_write_whole, draft, complete=complete)
+        if is_spread():
+            from adamae_fast.train.sharded_checkpoint import own_share, write_shards
+
+            if self._group is None:
+                self._group = dist.new_group(backend="gloo")  # the thread's own: the training talks over the other one
+            names = {file: list(tensors) for file, tensors in files.items()}
+            folder = draft / OPTIMIZER_FOLDER
+            write = partial(write_shards, folder, names=names, complete=complete, group=self._group)
+            files = own_share(files)
+        if self._config.checkpoint.asynchronous:
+            self._under_way = self._write_beside(draft, write, files, next(model.parameters()).device)
+        else:
+            _write(draft, write, files)
+        return target
+
+    def _write_beside(
+        self, draft: Path, write: Callable[[_Files], None], files: _Files, device: torch.device
+    ) -> Future[None]:
+        if self._stager is None or self._thread is None:
+            from adamae_fast.train.sharded_checkpoint import build_stager
+
+            self._stager = build_stager(device.type == "cuda")
+            # A new thread would look at the first GPU, whichever is this process's.
+            set_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+            self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=set_device)
+        return self._thread.submit(_write, draft, write, cast(_Files, self._stager.stage(files)))
+
+
 def save_checkpoint(
     run: RunFolder,
     config: RunConfig,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: RunState,
-    averaged: dict[str, Tensor] | None = None,
-    spared: Collection[Path] = (),
+    averaged: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a complete checkpoint or none, then drop the oldest beyond ``checkpoint.keep``. Returns its folder.
-
-    ``averaged`` is a moving average of the weights, under their names. Checkpoints in ``spared`` are not dropped.
-    """
-    target = run.checkpoint(state.step)
-    temporary = run.checkpoints / f"{_UNFINISHED}{target.name}"
-    remove_unfinished(run)
-    temporary.mkdir(parents=True)
-
-    weights = {name: p.detach().contiguous() for name, p in model.state_dict().items()}
-    if averaged is not None:
-        write_tensors_file(weights, temporary / TRAINED_FILE)
-        weights = {**weights, **{name: average.contiguous() for name, average in averaged.items()}}
-    write_tensors_file(weights, temporary / MODEL_FILE)
-    write_tensors_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER_FILE)
-    save_config(config, temporary / CONFIG_FILE)
-    files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-    fields = {**asdict(state), "files": files}
-    (temporary / STATE_FILE).write_text(json.dumps({**fields, "crc32": _fields_crc(fields)}, indent=1))
-
-    for path in (*temporary.iterdir(), temporary):
-        _flush_to_disk(path)
-    temporary.rename(target)
-    _flush_to_disk(run.checkpoints)
-    for old in run.list_checkpoints()[: -config.checkpoint.keep]:
-        if old not in spared:
-            # Renamed first: half a checkpoint must not be listed as one.
-            shutil.rmtree(old.rename(old.with_name(f"{_UNFINISHED}{old.name}")))
-    return target
+    """Write one checkpoint to its end, as :class:`CheckpointSaver` does. Returns its folder."""
+    with CheckpointSaver(run, config) as saver:
+        return saver.save(model, optimizer, state, averaged)
 
 
 def remove_unfinished(run: RunFolder) -> None:
@@ -100,40 +194,102 @@ def remove_unfinished(run: RunFolder) -> None:
         shutil.rmtree(leftover)
 
 
+def _begin(run: RunFolder, draft: Path) -> None:
+    remove_unfinished(run)
+    draft.mkdir(parents=True)
+
+
+def _write(draft: Path, write: Callable[[_Files], None], files: _Files) -> None:
+    try:
+        write(files)
+    except (OSError, SafetensorError) as error:
+        if process_index() == 0:
+            shutil.rmtree(draft, ignore_errors=True)  # its space may be what is missing
+        step = draft.name.removeprefix(_UNFINISHED)
+        failure = OSError(f"{draft.with_name(step)} could not be written ({error}); the checkpoints before it are kept")
+        failure.errno = getattr(error, "errno", None)
+        raise failure from error
+
+
+def _write_whole(draft: Path, files: _Files, complete: Callable[[], None]) -> None:
+    for name, tensors in files.items():
+        write_tensors_file(tensors, draft / name)
+    complete()
+
+
+def _complete(run: RunFolder, config: RunConfig, state: RunState, draft: Path, best: Path | None) -> None:
+    """Add configuration and sums to what is written, give it its name, and drop the oldest but for the ``best``."""
+    save_config(config, draft / CONFIG_FILE)
+    paths = sorted(path for path in draft.rglob("*") if path.is_file())
+    fields = {**asdict(state), "files": {path.relative_to(draft).as_posix(): _fingerprint(path) for path in paths}}
+    (draft / STATE_FILE).write_text(json.dumps({**fields, "crc32": _fields_crc(fields)}, indent=1))
+
+    for path in (*draft.rglob("*"), draft):
+        _flush_to_disk(path)
+    draft.rename(run.checkpoint(state.step))
+    _flush_to_disk(run.checkpoints)
+    for old in run.list_checkpoints()[: -config.checkpoint.keep]:
+        if old != best:
+            # Renamed first: half a checkpoint must not be listed as one.
+            shutil.rmtree(old.rename(old.with_name(f"{_UNFINISHED}{old.name}")))
+
+
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averaged: dict[str, Tensor] | None = None
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averaged: Mapping[str, Tensor] | None = None
 ) -> RunState:
     """Restore weights and moments, and the moving average into ``averaged`` where one is kept.
 
-    An average that the checkpoint does not have begins with the weights. Raises CheckpointError for a damaged or
-    unfitting checkpoint.
+    An average that the checkpoint does not have begins with the weights. Several processes call this together, and
+    share the work of :func:`verify_checkpoint`; each takes its part of what the model has in parts.
+
+    Raises CheckpointError, in all of them, for a damaged or unfitting checkpoint.
     """
-    state = verify_checkpoint(folder)
-    trained = folder / TRAINED_FILE
+    state = _verify_together(folder)
+    own = model.state_dict()
     weights = load_file(folder / MODEL_FILE)
+    trained = load_file(folder / TRAINED_FILE) if (folder / TRAINED_FILE).exists() else weights
     try:
-        model.load_state_dict(load_file(trained) if trained.exists() else weights)
+        model.load_state_dict({name: _split_like(value, own.get(name)) for name, value in trained.items()})
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: the weights do not fit this configuration's model: {error}") from error
     for name, average in (averaged or {}).items():
-        average.copy_(weights[name])
-    _restore_optimizer(load_file(folder / OPTIMIZER_FILE), model, optimizer)
+        average.copy_(_split_like(weights[name], average))
+    _restore_optimizer(_read_moments(folder, model), model, optimizer)
     return state
 
 
 def verify_checkpoint(folder: Path) -> RunState:
-    """Compare every file with the size and sum that were recorded when it was written; return where the run stood."""
+    """Compare every file with the size and sum that were recorded when it was written; return where the run stood.
+
+    Raises CheckpointError that names the file, and the newest sound checkpoint before this one.
+    """
+    state, damage = _examine(folder, first=0, stride=1)
+    if state is None:
+        raise CheckpointError(f"{folder} is damaged ({damage}). {_remedy(folder)}")
+    return state
+
+
+def _verify_together(folder: Path) -> RunState:
+    state, damage = _examine(folder, process_index(), num_processes())
+    found = [other for other in every_process_says(damage) if other is not None]
+    if state is None or found:
+        raise CheckpointError(f"{folder} is damaged ({found[0]}). {first_process_does(lambda: _remedy(folder))}")
+    return state
+
+
+def _examine(folder: Path, first: int, stride: int) -> tuple[RunState, None] | tuple[None, str]:
+    """Look at every ``stride``-th file; return where the run stood, or what is wrong."""
     try:
         fields = json.loads((folder / STATE_FILE).read_text())
         if fields.pop("crc32") != _fields_crc(fields):
             raise CheckpointError(f"{STATE_FILE} was changed after it was written")
-        for name, fingerprint in fields.pop("files").items():
+        for name, fingerprint in sorted(fields.pop("files").items())[first::stride]:
             found = _fingerprint(folder / name)
             if found != fingerprint:
                 raise CheckpointError(f"{name} has {found}, but was written with {fingerprint}")
-        return RunState(**fields)
+        return RunState(**fields), None
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder} is damaged ({error}). {_remedy(folder)}") from error
+        return None, str(error)
 
 
 def find_resume_point(resume: str, run: RunFolder) -> Path | None:
@@ -195,6 +351,25 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for key, value in state.get(parameter, {}).items():
             tensors[f"{name}.{key}"] = value.detach().contiguous()
     return tensors
+
+
+def _read_moments(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    if (folder / OPTIMIZER_FILE).exists():
+        tensors = load_file(folder / OPTIMIZER_FILE)
+        return {name: _split_like(value, parameters.get(name.rpartition(".")[0])) for name, value in tensors.items()}
+    from adamae_fast.train.sharded_checkpoint import read_moments
+
+    return read_moments(folder / OPTIMIZER_FOLDER, parameters)
+
+
+def _split_like(value: Tensor, like: Tensor | None) -> Tensor:
+    """Return this process's part of ``value``, where ``like`` is its part of a tensor of that shape."""
+    if like is None or like.shape != value.shape or not is_spread():
+        return value
+    from adamae_fast.train.sharded_checkpoint import split_like
+
+    return split_like(value, like)
 
 
 def _restore_optimizer(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -22,7 +22,7 @@ from adamae_fast.distributed.world import World, joined
 from adamae_fast.errors import RunStoppedError
 from adamae_fast.interop.starting_point import load_encoder
 from adamae_fast.run_folder import RunFolder
-from adamae_fast.train.finetune_step import FinetuneStepper
+from adamae_fast.train.finetune_step import FinetuneStepper, build_classifier
 from adamae_fast.train.loop import is_validated, take_steps
 from adamae_fast.train.predict import Predictions, gather_predictions, predict_views
 from adamae_fast.train.resume import KeyKinds, resume_run
@@ -86,7 +86,9 @@ def _finetune(config: FinetuneConfig, world: World, device: torch.device, consol
 
         def begin() -> None:
             if config.init is not None:
-                keys = load_encoder(stepper.model, config.init)
+                model = build_classifier(config, num_classes)
+                keys = load_encoder(model, config.init)
+                stepper.take_weights(model.state_dict())
                 print_facts([("init", f"{config.init}: {keys}")], console)
                 stepper.restart_average()
 

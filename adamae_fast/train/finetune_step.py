@@ -31,6 +31,12 @@ def soft_cross_entropy(logits_BK: Tensor, targets_BK: Tensor) -> Tensor:
     return -(targets_BK.float() * F.log_softmax(logits_BK.float(), dim=1)).sum(1).mean()
 
 
+def build_classifier(config: FinetuneConfig, num_classes: int) -> VideoClassifier:
+    """Return the classifier that a run starts with, its first values drawn from the run's seed."""
+    torch.manual_seed(config.seed)
+    return VideoClassifier(config.model, num_classes, drop_path=config.classifier.drop_path)
+
+
 class FinetuneStepper(BaseStepper[VideoClassifier]):
     """The step of fine-tuning.
 
@@ -39,9 +45,7 @@ class FinetuneStepper(BaseStepper[VideoClassifier]):
     """
 
     def __init__(self, config: FinetuneConfig, num_classes: int, device: torch.device, world: World = ALONE) -> None:
-        torch.manual_seed(config.seed)
-        model = VideoClassifier(config.model, num_classes, drop_path=config.classifier.drop_path)
-        super().__init__(config, device, model, FIGURES, world)
+        super().__init__(config, device, build_classifier(config, num_classes), FIGURES, world)
         self._augment = Augment(
             config.augment, num_classes, config.seed, pixel_mean=IMAGENET_MEAN, pixel_std=IMAGENET_STD
         )

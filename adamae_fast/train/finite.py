@@ -34,8 +34,12 @@ class FiniteGuard:
     own says whose fault it was.
     """
 
-    def __init__(self, names: tuple[str, ...], device: torch.device, world: World | None = None) -> None:
+    def __init__(
+        self, names: tuple[str, ...], device: torch.device, world: World | None = None, num_common: int = 0
+    ) -> None:
+        """``num_common`` of the last names are of all processes together, and no process's own."""
         self._names = names
+        self._num_own = len(names) - num_common
         self._world = world or World()
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self._bad_values = torch.zeros(len(names), device=device)
@@ -65,10 +69,7 @@ class FiniteGuard:
         if step < 0:
             return
         all_values = self._world.gather(self._bad_values.tolist())
-        guilty = {rank: values for rank, values in enumerate(all_values) if not all(map(math.isfinite, values))}
-        raise self._world.agreed(
-            non_finite(step, "; ".join(self._world.named(rank, self._describe(v)) for rank, v in guilty.items()))
-        )
-
-    def _describe(self, values: list[float]) -> str:
-        return ", ".join(f"{name}={value:.6g}" for name, value in zip(self._names, values, strict=True))
+        told = [", ".join(f"{n}={v:.6g}" for n, v in zip(self._names, values, strict=True)) for values in all_values]
+        guilty = [r for r, values in enumerate(all_values) if not all(map(math.isfinite, values[: self._num_own]))]
+        what = "; ".join(self._world.named(rank, told[rank]) for rank in guilty) or f"of all together, {told[0]}"
+        raise self._world.agreed(non_finite(step, what))

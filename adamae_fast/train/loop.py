@@ -56,6 +56,7 @@ def take_steps(
     progress: ProgressLine | None = None
     with ExitStack() as stack:
         stack.enter_context(closing(batches))
+        saver = stack.enter_context(checkpoint.CheckpointSaver(run, config))
         if world.is_first:
             metrics_log = stack.enter_context(MetricsLog(run, first_step, tensorboard=config.log.tensorboard))
             progress = stack.enter_context(ProgressLine(console, first_step, schedule.total_steps))
@@ -91,15 +92,8 @@ def take_steps(
                 loss_scale=stepper.scaler.state_dict(),
                 total_batch=schedule.total_batch,
             )
-
-            def write() -> None:
-                best = run.best_checkpoint()
-                with full_disk_told(run):
-                    checkpoint.save_checkpoint(
-                        run, config, stepper.model, stepper.optimizer, state, stepper.averaged, [best] if best else []
-                    )
-
-            world.on_first(write)
+            with full_disk_told(run, world):
+                saver.save(stepper.model, stepper.optimizer, state, stepper.averaged)
             saved = step
 
         def catch_up() -> None:
@@ -175,6 +169,8 @@ def take_steps(
                     save()
                 end_epoch()
             catch_up()
+            with full_disk_told(run, world):
+                saver.wait()
         except DataStoppedError as error:
             failure = wind_up(error)
         if failure is not None:

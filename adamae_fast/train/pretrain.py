@@ -18,6 +18,7 @@ from adamae_fast.data.quarantine import Quarantine
 from adamae_fast.device import describe_device
 from adamae_fast.distributed.parallelize import describe_sharing
 from adamae_fast.distributed.world import World, joined
+from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.run_folder import RunFolder
 from adamae_fast.train.loop import take_steps
 from adamae_fast.train.resume import KeyKinds, resume_run
@@ -77,7 +78,9 @@ def _pretrain(config: PretrainConfig, world: World, device: torch.device, consol
 
         def begin() -> None:
             if config.init_weights is not None:
-                stepper.model.load_weights(config.init_weights)
+                model = AdaMAE(config.model, config.mask, config.loss)
+                model.load_weights(config.init_weights)
+                stepper.take_weights(model.state_dict())
                 if world.is_first:
                     log.info("starting from the weights of %s", config.init_weights)
 
@@ -96,9 +99,12 @@ def _pretrain(config: PretrainConfig, world: World, device: torch.device, consol
             return {"stopped_by": stopped_by}
         if stopped_by:
             print_stopped(config, step, stopped_by, console)
+        model = stepper.model
+        if world.size > 1 and step == schedule.total_steps:  # the other processes do not wait for the pictures
+            model = AdaMAE.from_pretrained(run.path).to(device)
         # Pictures are drawn clip by clip, in other shapes than the training's: not worth another compilation.
         with torch.compiler.set_stance("force_eager"):
-            return write_summary(run, config, stepper.model, entries, step, schedule.total_steps, stopped_by, console)
+            return write_summary(run, config, model, entries, step, schedule.total_steps, stopped_by, console)
 
 
 def changed_choices(config: PretrainConfig) -> dict[str, object]:

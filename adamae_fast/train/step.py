@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from adamae_fast.config import PretrainConfig, RunConfig
 from adamae_fast.config_distributed import check_world
 from adamae_fast.data.loader import Batch
 from adamae_fast.device import Uploader, arithmetic, product_dtype, upload
-from adamae_fast.distributed.parallelize import only_last_syncs, parallelize
+from adamae_fast.distributed.parallelize import load_whole, only_last_syncs, parallelize, whole
 from adamae_fast.distributed.world import World
 from adamae_fast.model.adamae import AdaMAE, AdaMAEOutput
 from adamae_fast.model.classifier import VideoClassifier
@@ -76,7 +76,7 @@ class BaseStepper(ABC, Generic[ModelT]):
         self._network = parallelize(self.model, config.distributed, world, device, config.train.precision)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-        self.guard = FiniteGuard((*figures, "grad_norm"), device, world)
+        self.guard = FiniteGuard((*figures, "grad_norm"), device, world, num_common=1 if world.size > 1 else 0)
         self.forward_time = Stopwatch(device)
         """What this process takes for its share before it waits for the others'; measured where there are others."""
         self._figure_names = figures
@@ -149,7 +149,7 @@ class BaseStepper(ABC, Generic[ModelT]):
 
     def _update(self) -> None:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        own_figures = self._figures.clone()
+        own_figures = self._figures.clone() if self._world.size > 1 else self._figures
         self._world.average(self._figures)
         if self.scaler.is_enabled():
             # Infinite gradients are fp16's normal way to find its scale, and the scaler skips such a step by itself.
@@ -174,8 +174,13 @@ class BaseStepper(ABC, Generic[ModelT]):
         self.optimizer.zero_grad(set_to_none=True)
 
     def _observe(self, own_figures: Tensor, norm: Tensor) -> None:
-        values, own = (torch.cat((figures, norm[None])) for figures in (self._figures, own_figures))
+        own = torch.cat((own_figures, norm[None]))
+        values = torch.cat((self._figures, norm[None])) if self._world.size > 1 else own
         self.guard.observe(self._step_on_device, values, own)
+
+    def take_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the model's weights by whole ones, of which each process takes its share."""
+        load_whole(self.model, weights, self._world)
 
     def check(self) -> None:
         """Wait for the device; raise NonFiniteError if a step so far was bad, or if fp16 finds no scale that works."""
@@ -237,11 +242,6 @@ def micro_batch_seed(seed: int, step: int, place: int) -> int:
     A hash, so that every bit counts.
     """
     return int(np.random.SeedSequence(seed, spawn_key=(step, 1 + place)).generate_state(1)[0])
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return ``tensor``, put together where each process has a share of it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def mask_seeds(seed: int, step: int, first_clip: int, num_clips: int) -> Tensor:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import threading
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from safetensors.torch import load_file
 from adamae_fast.config import CheckpointConfig, MaskConfig, ModelConfig, OptimConfig, PretrainConfig
 from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.run_folder import RunFolder, find_weights
+from adamae_fast.tensor_file import write_tensors_file
 from adamae_fast.train.checkpoint import (
     CheckpointError,
+    CheckpointSaver,
     RunState,
     differences,
     find_resume_point,
@@ -25,6 +28,7 @@ CONFIG = PretrainConfig(
     mask=MaskConfig(ratio=0.5),
     checkpoint=CheckpointConfig(keep=2),
 )
+ASYNCHRONOUS = dataclasses.replace(CONFIG, checkpoint=CheckpointConfig(keep=2, asynchronous=True))
 
 
 def build(seed):
@@ -79,10 +83,11 @@ def test_the_newest_are_kept(run, saved):
     assert run.list_checkpoints() == [run.checkpoint(2), run.checkpoint(3)]
 
 
-def test_a_failed_write_leaves_the_previous_and_no_half_checkpoint(run, saved, monkeypatch):
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
+def fail(*_, **__):
+    raise OSError(28, "No space left on device")
 
+
+def test_a_failed_write_leaves_the_previous_and_no_half_checkpoint(run, saved, monkeypatch):
     monkeypatch.setattr("adamae_fast.train.checkpoint.save_config", fail)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(run, CONFIG, *saved, state(3))
@@ -90,6 +95,59 @@ def test_a_failed_write_leaves_the_previous_and_no_half_checkpoint(run, saved, m
     monkeypatch.undo()
     save_checkpoint(run, CONFIG, *saved, state(3))
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step_00000002", "step_00000003"]
+
+
+@pytest.fixture
+def saver(run):
+    with CheckpointSaver(run, ASYNCHRONOUS) as saver:
+        yield saver
+
+
+def test_a_save_in_the_background_writes_the_same_bytes(run, saved, saver, monkeypatch):
+    """It is listed only when it is whole, and what the next step does to the weights is not in it."""
+    model, optimizer = saved
+    released = threading.Event()
+
+    def write_later(tensors, path):
+        assert released.wait(60)
+        write_tensors_file(tensors, path)
+
+    monkeypatch.setattr("adamae_fast.train.checkpoint.write_tensors_file", write_later)
+    folder = saver.save(model, optimizer, state(3))
+    train_a_step(model, optimizer)
+    assert not folder.exists()
+    assert run.list_checkpoints() == [run.checkpoint(1), run.checkpoint(2)]
+    released.set()
+    saver.wait()
+    assert run.list_checkpoints() == [run.checkpoint(2), folder]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (folder / name).read_bytes() == (run.checkpoint(2) / name).read_bytes()
+
+
+def test_what_fails_in_the_background_is_raised_by_the_next_save(run, saved, saver, monkeypatch):
+    monkeypatch.setattr("adamae_fast.train.checkpoint.save_config", fail)
+    saver.save(*saved, state(3))
+    with pytest.raises(OSError, match=r"step_00000003 could not be written .*No space left.* are kept"):
+        saver.save(*saved, state(4))
+    monkeypatch.undo()
+    assert run.list_checkpoints() == [run.checkpoint(1), run.checkpoint(2)]
+    saver.save(*saved, state(4))
+    saver.wait()
+    assert run.list_checkpoints() == [run.checkpoint(2), run.checkpoint(4)]
+
+
+def test_the_end_of_the_block_raises_what_failed_in_the_background_but_hides_no_other_error(run, saved, monkeypatch):
+    monkeypatch.setattr("adamae_fast.train.checkpoint.save_config", fail)
+
+    def save_and(end):
+        with CheckpointSaver(run, ASYNCHRONOUS) as saver:
+            saver.save(*saved, state(3))
+            return end[0]
+
+    with pytest.raises(OSError, match="No space left"):
+        save_and("an end")
+    with pytest.raises(IndexError):
+        save_and("")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.yaml"])

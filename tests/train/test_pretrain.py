@@ -132,9 +132,10 @@ def test_run_folder_metrics_and_summary(uninterrupted):
 def test_a_run_killed_at_several_moments_equals_the_uninterrupted_one(recipe, uninterrupted, tmp_path):
     expected, _ = uninterrupted
     output_dir = tmp_path / "killed"
+    beside = ("--checkpoint.asynchronous", "true")
     for after_step in (2, 5, 10):  # before the first checkpoint, and twice between checkpoints
-        assert run_and_signal(recipe, output_dir, after_step, signal.SIGKILL) == -signal.SIGKILL
-    assert run_to_end(recipe, output_dir).returncode == 0
+        assert run_and_signal(recipe, output_dir, after_step, signal.SIGKILL, *beside) == -signal.SIGKILL
+    assert run_to_end(recipe, output_dir, *beside).returncode == 0
     assert losses(output_dir) == losses(expected)
     final = [load_file(RunFolder(folder).checkpoint(STEPS) / "model.safetensors") for folder in (expected, output_dir)]
     assert all((final[0][name] == final[1][name]).all() for name in final[0])
