@@ -4,11 +4,12 @@ The action set (``adamae_fast/data/actions.py``) has fourteen classes of motion 
 for validation share no look with those for training. Arms, which differ in the encoder's first weights alone:
 
 * **scratch**: random weights;
-* **demo**: the pre-training that ``make demo`` makes (``--pretrained``, 300 steps on 48 other rendered videos);
-* **continued**: that one, pre-trained further by the same recipe on the action set's training videos, without labels.
+* **demo**: the weights that ``make demo`` leaves (``--pretrained``, 300 steps on 48 other rendered videos, larger);
+* **pretrained**: the demo's recipe on the action set's training videos, without their labels
+  (``configs/actions.yaml``).
 
-Each arm is fine-tuned by the same recipe (``configs/finetune_demo.yaml``), on the same videos, for the same number of
-steps. Its learning rate is the best of :data:`RATES` on a seed of its own and on validation videos of their own
+Each arm is fine-tuned by the same recipe (``configs/finetune_actions.yaml``), on the same videos, for the same number
+of steps. Its learning rate is the best of :data:`RATES` on a seed of its own and on validation videos of their own
 (rendered with another seed). Then it is trained with each of :data:`SEEDS`; top-1 is that of the last step, on the
 centre clip of each validation video.
 
@@ -39,16 +40,16 @@ from adamae_fast.train.finetune import finetune
 from adamae_fast.train.pretrain import pretrain
 from bench import command, conditions
 
-ARMS = ("scratch", "demo", "continued")
+ARMS = ("scratch", "demo", "pretrained")
 SEEDS = (0, 1, 2)
-RATES = (1.6e-2, 4.8e-2)
-"""Peak learning rates for 256 clips that are tried for each arm."""
+RATES = (8e-3, 2.4e-2)
+"""Peak learning rates for 256 clips that are tried for each arm: 1e-3 and 3e-3 at 32 clips a step."""
 
 TUNING_SEED = 100
 """Of the runs that choose the rates, and of the videos that judge them."""
 
-PRETRAINING = conditions.ROOT / "configs" / "demo.yaml"
-FINETUNING = conditions.ROOT / "configs" / "finetune_demo.yaml"
+PRETRAINING = conditions.ROOT / "configs" / "actions.yaml"
+FINETUNING = conditions.ROOT / "configs" / "finetune_actions.yaml"
 
 Overrides = Mapping[str, object]
 Row = dict[str, Any]
@@ -72,23 +73,22 @@ class Study:
         folder = self.work / name
         if not folder.exists():
             self.say(f"rendering {num_videos} videos")
-            size = {"num_frames": 16, "width": 64, "height": 64} if self.quick else {}
+            frames = load_config(PRETRAINING).model.num_frames
+            size = {"num_frames": frames, "width": 64, "height": 64}
             synthesize(str(folder), "actions", num_videos, seed=seed, val_share=val_share, **size)
         return folder
 
-    def continue_pretraining(self, videos: Path) -> Path:
-        """The arm "continued"."""
-        folder = self.work / "continued"
+    def pretrain(self, videos: Path) -> Path:
+        """The arm "pretrained"."""
+        folder = self.work / "pretrained"
         overrides = {
             "output_dir": folder,
-            "init_weights": self.pretrained,
             "data.manifest": videos / "train.txt",
             "train.steps": self.pretrain_steps,
             "train.device": "cpu",
             "log.tensorboard": False,
-            "checkpoint.every": 250,
         }
-        self.run(folder, f"pre-training further, {self.pretrain_steps} steps", overrides, of_classifier=False)
+        self.run(folder, f"pre-training, {self.pretrain_steps} steps", overrides, of_classifier=False)
         return folder
 
     def finetune(self, name: str, init: Path | None, rate: float, seed: int, train: Path, val: Path) -> Row:
@@ -103,7 +103,6 @@ class Study:
             "train.device": "cpu",
             "seed": seed,
             "log.tensorboard": False,
-            "checkpoint.every": 250,
         }
         if init is not None:
             overrides["init"] = init
@@ -134,11 +133,11 @@ class Study:
 
 def measure(study: Study) -> dict[str, Any]:
     """Rates, then seeds, for every arm."""
-    num_videos, num_tuning = (28, 14) if study.quick else (1008, 168)
+    num_videos, val_share, num_tuning = (28, 0.5, 14) if study.quick else (7000, 0.1, 280)
     seeds = SEEDS[:2] if study.quick else SEEDS
-    videos = study.videos("videos", 0, num_videos, 0.25 if not study.quick else 0.5)
+    videos = study.videos("videos", 0, num_videos, val_share)
     tuning = study.videos("tuning-videos", TUNING_SEED, num_tuning + 1, num_tuning / (num_tuning + 1))
-    inits = {"scratch": None, "demo": study.pretrained, "continued": study.continue_pretraining(videos)}
+    inits = {"scratch": None, "demo": study.pretrained, "pretrained": study.pretrain(videos)}
     grid: list[Row] = []
     for arm, init in inits.items():
         for rate in RATES:
@@ -174,8 +173,8 @@ def measure(study: Study) -> dict[str, Any]:
         "model": f"{recipe.model.size}, {recipe.model.num_frames}×{recipe.model.frame_size}², {recipe.train.precision}",
         "pretraining": {
             "demo": json.loads(RunFolder(study.pretrained).summary.read_text())["steps"],
-            "continued": study.pretrain_steps,
-            "seconds": sum(line["seconds"] for line in read_json_lines(study.work / "continued" / "seconds.jsonl")),
+            "pretrained": study.pretrain_steps,
+            "seconds": sum(line["seconds"] for line in read_json_lines(study.work / "pretrained" / "seconds.jsonl")),
         },
         "beats_scratch": judge(rows),
     }
@@ -208,10 +207,10 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, help="folder of all runs (default: runs/transfer, or runs/transfer-quick)")
     parser.add_argument("--steps", type=int, help="of each fine-tuning")
-    parser.add_argument("--pretrain-steps", type=int, help="of the arm continued")
+    parser.add_argument("--pretrain-steps", type=int, help="of the arm pretrained")
     options = parser.parse_args(arguments)
     defaults = {"work": Path("runs/transfer-quick"), "steps": 2, "pretrain_steps": 2} if options.quick else {
-        "work": Path("runs/transfer"), "steps": 700, "pretrain_steps": 1000
+        "work": Path("runs/transfer"), "steps": 800, "pretrain_steps": 3000
     }  # fmt: skip
     for key, value in defaults.items():
         if getattr(options, key) is None:

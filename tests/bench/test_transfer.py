@@ -82,9 +82,9 @@ def test_every_arm_has_its_best_rate_and_every_part_is_done_once(tmp_path: Path,
     assert [rows[arm]["rate"] for arm in transfer.ARMS] == [transfer.RATES[1], *[transfer.RATES[0]] * 2]
     # The last validation, not the best one.
     assert rows["scratch"]["top1"] == pytest.approx([0.15, 0.16])
-    assert rows["continued"]["top1_mean"] == pytest.approx(0.555)
+    assert rows["pretrained"]["top1_mean"] == pytest.approx(0.555)
     assert rows["demo"]["top1_std"] == pytest.approx(0.01 / 2**0.5)
-    assert first["beats_scratch"] == {"demo": True, "continued": True}
+    assert first["beats_scratch"] == {"demo": True, "pretrained": True}
     assert first["videos"] == {"train": 14, "val": 14, "tuning": 14}
     assert transfer.main(options(tmp_path)) == 0
     assert len(trainings.done) == num_runs
@@ -93,13 +93,13 @@ def test_every_arm_has_its_best_rate_and_every_part_is_done_once(tmp_path: Path,
 
 
 def test_a_stopped_study_goes_on_with_what_was_stopped(tmp_path: Path, trainings: Trainings) -> None:
-    trainings.stop_at = "continued"
+    trainings.stop_at = "pretrained"
     with pytest.raises(RunStoppedError, match="the same command goes on"):
         transfer.main(options(tmp_path))
-    assert trainings.done == ["continued"]
+    assert trainings.done == ["pretrained"]
     trainings.stop_at = ""
     assert transfer.main(options(tmp_path)) == 0
-    assert trainings.done.count("continued") == 2
+    assert trainings.done.count("pretrained") == 2
 
 
 def test_an_arm_beats_scratch_with_every_seed() -> None:
