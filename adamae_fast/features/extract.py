@@ -219,7 +219,7 @@ def _store(source: Source, options: ExtractConfig) -> FeatureStore:
     }
     told = {key: value for key, value in {**paths, **settings}.items() if not key.endswith("_sha256")}
     words = [f"--{key}={value}" for key, value in told.items() if value is not None and key != "checkpoint"]
-    command = ["adamae-fast", "extract", paths["checkpoint"], *words]
+    command = ["adamae-fast", "extract", os.path.abspath(source.checkpoint), *words]
     facts = {
         **paths,
         "command": shlex.join(command),
