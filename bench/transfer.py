@@ -7,7 +7,7 @@ for validation share no look with those for training. Arms, which differ in the 
 * **demo**: the pre-training that ``make demo`` makes (``--pretrained``, 300 steps on 48 other rendered videos);
 * **continued**: that one, pre-trained further by the same recipe on the action set's training videos, without labels.
 
-Each arm is fine-tuned by the same recipe (``configs/finetune_demo.yaml``), on the same videos, for the same number of
+Each arm is fine-tuned by the same recipe (``configs/finetune_actions.yaml``), on the same videos, for the same number of
 steps. Its learning rate is the best of :data:`RATES` on a seed of its own and on validation videos of their own
 (rendered with another seed). Then it is trained with each of :data:`SEEDS`; top-1 is that of the last step, on the
 centre clip of each validation video.
@@ -44,11 +44,14 @@ SEEDS = (0, 1, 2)
 RATES = (1.6e-2, 4.8e-2)
 """Peak learning rates for 256 clips that are tried for each arm."""
 
+PASSES = 8
+"""Through the training videos from one validation to the next."""
+
 TUNING_SEED = 100
 """Of the runs that choose the rates, and of the videos that judge them."""
 
 PRETRAINING = conditions.ROOT / "configs" / "demo.yaml"
-FINETUNING = conditions.ROOT / "configs" / "finetune_demo.yaml"
+FINETUNING = conditions.ROOT / "configs" / "finetune_actions.yaml"
 
 Overrides = Mapping[str, object]
 Row = dict[str, Any]
@@ -57,15 +60,14 @@ Row = dict[str, Any]
 class Study:
     """The folder of all runs, and how long they are."""
 
-    def __init__(self, options: argparse.Namespace, say: command.Say) -> None:
+    def __init__(self, options: argparse.Namespace, say: command.Say, log: Console) -> None:
         self.work: Path = options.work
         self.pretrained: Path = options.pretrained
         self.quick: bool = options.quick
         self.steps: int = options.steps
         self.pretrain_steps: int = options.pretrain_steps
         self.say = say
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.log = Console(file=(self.work / "log.txt").open("a"), width=120)
+        self.log = log
 
     def videos(self, name: str, seed: int, num_videos: int, val_share: float) -> Path:
         """A rendered set; rendered now, if it is not there."""
@@ -96,7 +98,8 @@ class Study:
         folder = self.work / name
         overrides: dict[str, object] = {
             "output_dir": folder,
-            "data.manifest": train / "train.txt",
+            "data.manifest": self._several_times(train / "train.txt"),
+            "data.root": train,
             "val.manifest": val / "val.txt",
             "optim.base_lr": rate,
             "train.steps": self.steps,
@@ -110,6 +113,12 @@ class Study:
         seconds = self.run(folder, f"fine-tuning {name}, {self.steps} steps", overrides, of_classifier=True)
         last = read_json_lines(RunFolder(folder).validation)[-1]
         return {"rate": rate, "seed": seed, "top1": last["top1"], "top5": last["top5"], "seconds": seconds}
+
+    def _several_times(self, manifest: Path) -> Path:
+        """A list with each video :data:`PASSES` times: it is after each pass through the list that a run validates."""
+        longer = self.work / "passes.txt"
+        longer.write_text(manifest.read_text() * PASSES)
+        return longer
 
     def run(self, folder: Path, what: str, overrides: Overrides, *, of_classifier: bool) -> float:
         """Carry out one run, or what is left of it; return the seconds that all its sittings took."""
@@ -237,7 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
             say(what)
             advance()
 
-        result = measure(Study(options, next_part))
+        options.work.mkdir(parents=True, exist_ok=True)
+        with (options.work / "log.txt").open("a") as log:
+            result = measure(Study(options, next_part, Console(file=log, width=120)))
     show(result)
     command.finish("transfer", {"conditions": taken, **result}, options)
     return 0
