@@ -360,7 +360,8 @@ def transfer_section(result: Result) -> list[str]:
         f"{result['model']}; {videos['train']} rendered videos for training, {videos['val']} of other looks for "
         f"validation, chance {result['chance']:.1%}. Every fine-tuning: {result['steps']} steps of {result['batch']} "
         f"clips. Pre-training: demo {pretraining['demo']} steps on other videos; pretrained, "
-        f"{pretraining['pretrained']} by the same recipe on those for training, without labels ({pretraining['seconds']:.0f} s).",
+        f"{pretraining['pretrained']} by the same recipe on those for training, without labels "
+        f"({pretraining['seconds']:.0f} s).",
         "",
     ]
     rows = [

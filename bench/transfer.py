@@ -58,15 +58,14 @@ Row = dict[str, Any]
 class Study:
     """The folder of all runs, and how long they are."""
 
-    def __init__(self, options: argparse.Namespace, say: command.Say) -> None:
+    def __init__(self, options: argparse.Namespace, say: command.Say, log: Console) -> None:
         self.work: Path = options.work
         self.pretrained: Path = options.pretrained
         self.quick: bool = options.quick
         self.steps: int = options.steps
         self.pretrain_steps: int = options.pretrain_steps
         self.say = say
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.log = Console(file=(self.work / "log.txt").open("a"), width=120)
+        self.log = log
 
     def videos(self, name: str, seed: int, num_videos: int, val_share: float) -> Path:
         """A rendered set; rendered now, if it is not there."""
@@ -74,8 +73,16 @@ class Study:
         if not folder.exists():
             self.say(f"rendering {num_videos} videos")
             frames = load_config(PRETRAINING).model.num_frames
-            size = {"num_frames": frames, "width": 64, "height": 64}
-            synthesize(str(folder), "actions", num_videos, seed=seed, val_share=val_share, **size)
+            synthesize(
+                str(folder),
+                "actions",
+                num_videos,
+                num_frames=frames,
+                width=64,
+                height=64,
+                seed=seed,
+                val_share=val_share,
+            )
         return folder
 
     def pretrain(self, videos: Path) -> Path:
@@ -236,7 +243,9 @@ def main(arguments: list[str] | None = None) -> int:
             say(what)
             advance()
 
-        result = measure(Study(options, next_part))
+        options.work.mkdir(parents=True, exist_ok=True)
+        with (options.work / "log.txt").open("a") as log:
+            result = measure(Study(options, next_part, Console(file=log, width=120)))
     show(result)
     command.finish("transfer", {"conditions": taken, **result}, options)
     return 0
