@@ -40,7 +40,7 @@ from adamae_fast.train.finetune import finetune
 from adamae_fast.train.pretrain import pretrain
 from bench import command, conditions
 
-ARMS = ("scratch", "demo", "pretrained")
+ARMS = ("scratch", "pretrained", "demo")
 SEEDS = (0, 1, 2)
 RATES = (8e-3, 2.4e-2)
 """Peak learning rates for 256 clips that are tried for each arm: 1e-3 and 3e-3 at 32 clips a step."""
@@ -144,7 +144,7 @@ def measure(study: Study) -> dict[str, Any]:
     seeds = SEEDS[:2] if study.quick else SEEDS
     videos = study.videos("videos", 0, num_videos, val_share)
     tuning = study.videos("tuning-videos", TUNING_SEED, num_tuning + 1, num_tuning / (num_tuning + 1))
-    inits = {"scratch": None, "demo": study.pretrained, "pretrained": study.pretrain(videos)}
+    inits = {"scratch": None, "pretrained": study.pretrain(videos), "demo": study.pretrained}
     grid: list[Row] = []
     for arm, init in inits.items():
         for rate in RATES:
@@ -217,7 +217,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pretrain-steps", type=int, help="of the arm pretrained")
     options = parser.parse_args(arguments)
     defaults = {"work": Path("runs/transfer-quick"), "steps": 2, "pretrain_steps": 2} if options.quick else {
-        "work": Path("runs/transfer"), "steps": 800, "pretrain_steps": 3000
+        "work": Path("runs/transfer"), "steps": 600, "pretrain_steps": 2400
     }  # fmt: skip
     for key, value in defaults.items():
         if getattr(options, key) is None:
