@@ -7,6 +7,7 @@ one process each of these is a plain call.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -136,6 +137,8 @@ def joined(device: str, key: str, timeout: float) -> Iterator[tuple[World, torch
             "(distributed.timeout). Nothing of the step under way counts; torchrun --max-restarts, or the same command "
             f"again, goes on from the last checkpoint ({str(error).splitlines()[0]})"
         ) from error
+    # DDP's reducer, where it outlives the group that it uses, ends the group's threads while these wait for it.
+    gc.collect()
     dist.destroy_process_group()
 
 

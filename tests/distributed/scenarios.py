@@ -31,7 +31,7 @@ from adamae_fast.config import MaskConfig, ModelConfig, OptimConfig, PretrainCon
 from adamae_fast.config_distributed import DistributedConfig
 from adamae_fast.data.quarantine import DataStoppedError
 from adamae_fast.distributed.parallelize import whole
-from adamae_fast.distributed.world import joined
+from adamae_fast.distributed.world import World, joined
 from adamae_fast.train import pretrain, sharded_checkpoint, step
 from adamae_fast.train.compile import compile_blocks
 from adamae_fast.train.step import Stepper
@@ -62,61 +62,64 @@ def config_of(*, mode="ddp", compression="none", dropout=0.0, **train) -> Pretra
     )
 
 
-def steps(folder: Path, rank: int, *, accumulate=1, **options) -> dict[str, Any]:
+def in_world(work: Callable[..., dict[str, Any]], folder: Path, rank: int, **options: Any) -> dict[str, Any]:
+    """Call ``work`` in a process group, of which nothing that it has made is left when the group ends."""
+    with joined("cpu", "train.device", 90) as (world, device):
+        return work(folder, world, device, **options)
+
+
+def steps(folder: Path, world: World, device: torch.device, *, accumulate=1, **options) -> dict[str, Any]:
     """Take STEPS steps; keep figures, visible ids of each clip in the order of the step, and all parameters."""
-    with joined("cpu", "train.device", 90) as (world, device):
-        config = config_of(accumulate=accumulate, **options)
-        compiler = partial(compile_blocks, backend="aot_eager")
-        with patch.object(step, "compile_blocks", compiler):
-            stepper = Stepper(config, device, world)
-        seen: list[list[list[int]]] = []
-        stepper.model.register_forward_hook(lambda m, a, output: seen.append(output.visible_ids.tolist()))
-        figures: list[dict[str, float]] = []
-        exchanges: list[str] = []
-        for number in range(STEPS):
-            is_last = number == STEPS - 1
-            with profile(activities=[ProfilerActivity.CPU]) if is_last else nullcontext() as trace:
-                stepper.begin(number, LEARNING_RATE)
-                for mine in clips(number).chunk(world.size * accumulate)[world.rank :: world.size]:
-                    stepper.accumulate(mine)
-                stepper.finish(number)
-            if trace is not None:
-                exchanges = [event.name for event in trace.events() if event.name.startswith("c10d::")]
-            figures.append(stepper.read_figures())
-        parameters = {name: whole(p.detach()).clone() for name, p in stepper.model.named_parameters()}
-        first_moments = {
-            f"moment.{n}": whole(stepper.optimizer.state[p]["exp_avg"]).clone()
-            for n, p in stepper.model.named_parameters()
-        }
-        shares = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in stepper.model.parameters())
-        if world.is_first:
-            save_file({**parameters, **first_moments}, folder / "parameters.safetensors")
-        return {"figures": figures, "ids": seen, "exchanges": exchanges, "share": shares}
-
-
-def bad_loss(folder: Path, rank: int, mode: str) -> dict[str, Any]:
-    """The last rank's loss is not a number in the second step."""
-    with joined("cpu", "train.device", 90) as (world, device):
-        stepper = Stepper(config_of(mode=mode), device, world)
-
-        def spoil(module, arguments, output):
-            return dataclasses.replace(output, loss=output.loss * float("nan"))
-
-        before: list[torch.Tensor] = []
-        for number in range(STEPS):
-            if number == 1:
-                before = [whole(p.detach()).clone() for p in stepper.model.parameters()]
-                if world.rank == world.size - 1:
-                    stepper.model.register_forward_hook(spoil)
+    config = config_of(accumulate=accumulate, **options)
+    compiler = partial(compile_blocks, backend="eager")
+    with patch.object(step, "compile_blocks", compiler):
+        stepper = Stepper(config, device, world)
+    seen: list[list[list[int]]] = []
+    stepper.model.register_forward_hook(lambda m, a, output: seen.append(output.visible_ids.tolist()))
+    figures: list[dict[str, float]] = []
+    exchanges: list[str] = []
+    for number in range(STEPS):
+        is_last = number == STEPS - 1
+        with profile(activities=[ProfilerActivity.CPU]) if is_last else nullcontext() as trace:
             stepper.begin(number, LEARNING_RATE)
-            stepper.accumulate(clips(number).chunk(world.size)[world.rank])
+            for mine in clips(number).chunk(world.size * accumulate)[world.rank :: world.size]:
+                stepper.accumulate(mine)
             stepper.finish(number)
-        unchanged = [torch.equal(a, whole(p.detach())) for a, p in zip(before, stepper.model.parameters(), strict=True)]
-        try:
-            stepper.check()
-        except Exception as error:
-            return {"unchanged": all(unchanged), "error": type(error).__name__, "text": str(error)}
-        return {"error": None}
+        if trace is not None:
+            exchanges = [event.name for event in trace.events() if event.name.startswith("c10d::")]
+        figures.append(stepper.read_figures())
+    parameters = {name: whole(p.detach()).clone() for name, p in stepper.model.named_parameters()}
+    first_moments = {
+        f"moment.{n}": whole(stepper.optimizer.state[p]["exp_avg"]).clone() for n, p in stepper.model.named_parameters()
+    }
+    shares = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in stepper.model.parameters())
+    if world.is_first:
+        save_file({**parameters, **first_moments}, folder / "parameters.safetensors")
+    return {"figures": figures, "ids": seen, "exchanges": exchanges, "share": shares}
+
+
+def bad_loss(folder: Path, world: World, device: torch.device, mode: str) -> dict[str, Any]:
+    """The last rank's loss is not a number in the second step."""
+    stepper = Stepper(config_of(mode=mode), device, world)
+
+    def spoil(module, arguments, output):
+        return dataclasses.replace(output, loss=output.loss * float("nan"))
+
+    before: list[torch.Tensor] = []
+    for number in range(STEPS):
+        if number == 1:
+            before = [whole(p.detach()).clone() for p in stepper.model.parameters()]
+            if world.rank == world.size - 1:
+                stepper.model.register_forward_hook(spoil)
+        stepper.begin(number, LEARNING_RATE)
+        stepper.accumulate(clips(number).chunk(world.size)[world.rank])
+        stepper.finish(number)
+    unchanged = [torch.equal(a, whole(p.detach())) for a, p in zip(before, stepper.model.parameters(), strict=True)]
+    try:
+        stepper.check()
+    except Exception as error:
+        return {"unchanged": all(unchanged), "error": type(error).__name__, "text": str(error)}
+    return {"error": None}
 
 
 def write_recipe(path: Path, manifest: Path) -> Path:
@@ -204,7 +207,7 @@ def all_scenarios(root: Path, manifest: Path) -> dict[str, tuple[int, Callable[[
     found: dict[str, tuple[int, Callable[..., Any]]] = {}
 
     def add(name: str, size: int, **options: Any) -> None:
-        found[name] = size, partial(steps, **options)
+        found[name] = size, partial(in_world, steps, **options)
 
     add("whole", 1)
     add("whole_x4", 1, accumulate=4, dropout=0.1)
@@ -216,7 +219,7 @@ def all_scenarios(root: Path, manifest: Path) -> dict[str, tuple[int, Callable[[
         add(f"{mode}_ordered", 2, mode=mode, recompute="block", compile=True)
         add(f"{mode}_bf16", 2, mode=mode, precision="bf16")
         add(f"{mode}_compressed", 2, mode=mode, compression="bf16")
-        found[f"{mode}_bad_loss"] = 2, partial(bad_loss, mode=mode)
+        found[f"{mode}_bad_loss"] = 2, partial(in_world, bad_loss, mode=mode)
     add("ddp_4x1", 4, dropout=0.1)
     add("whole_bf16", 1, precision="bf16")
 
