@@ -226,3 +226,20 @@ def test_json_holds_every_figure_with_its_basis(capsys):
 def test_mistakes_are_one_message(arguments, message, capsys):
     assert main([*LINE, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+DOCUMENTED = [
+    line for line in (REPOSITORY / "docs" / "scaling.md").read_text().splitlines() if "adamae-fast plan --" in line
+]
+
+
+@pytest.mark.parametrize("line", DOCUMENTED)
+def test_commands_of_the_page_run(line, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    words = [word for word in line.split()[1:] if word != "--dry-run"]  # that one is tested with a smaller model
+    assert main(words) == 0
+    assert "GPU hours" in capsys.readouterr().out
+
+
+def test_the_page_has_commands():
+    assert len(DOCUMENTED) == 4
