@@ -7,10 +7,10 @@ The first, ``adamae_fast/plan/calibration.json``, is taken from the files of ben
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from adamae_fast.config import load_config
+from adamae_fast.config import PretrainConfig, load_config
 from adamae_fast.plan.calibration import PATH, Calibration, MeasuredDecode, MeasuredStep
 from adamae_fast.plan.command import shown
 from adamae_fast.plan.hardware import GPUS, gpu_named
@@ -105,18 +105,20 @@ def calibrate(found: dict[str, list[Result]]) -> Calibration:
     )
 
 
-def plan_of(gpu: str, num_gpus: int, calibration: Calibration) -> Plan:
+def plan_of(recipe: PretrainConfig, gpu: str, num_gpus: int, calibration: Calibration) -> Plan:
     """``adamae-fast plan --gpu … --num-gpus … --dataset k400 --config … --batch 32 --total-batch 2048``."""
-    options = PlanOptions(gpu=gpu, num_gpus=num_gpus, dataset="k400", batch=BATCH, total_batch=TOTAL_BATCH)  # type: ignore[arg-type]
-    return make_plan(load_config(ROOT / RECIPE, options.recipe_overrides(BATCH)), options, calibration)
+    train = replace(recipe.train, batch_size=BATCH, accumulate=TOTAL_BATCH // BATCH // num_gpus)
+    options = PlanOptions(gpu=gpu, num_gpus=num_gpus, dataset="k400")  # type: ignore[arg-type]
+    return make_plan(replace(recipe, train=train), options, calibration)
 
 
 def plans(calibration: Calibration) -> str:
     """The table, bold where a figure was measured."""
     rows = []
+    recipe = load_config(ROOT / RECIPE)
     for gpu in GPUS:
         for num_gpus in NUM_GPUS:
-            plan = plan_of(gpu, num_gpus, calibration)
+            plan = plan_of(recipe, gpu, num_gpus, calibration)
             figures = [plan.figures[key] for key in COLUMNS]
             units = [figure.unit for figure in figures]
             cells = [shown(x).removesuffix(f" {unit}") for x, unit in zip(figures, units, strict=True)]

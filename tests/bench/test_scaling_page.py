@@ -1,5 +1,6 @@
 """What plans start from is what the result files hold, and a result from a GPU is taken up."""
 
+import dataclasses
 import json
 
 from adamae_fast.plan.calibration import PATH, Calibration
@@ -17,9 +18,10 @@ def test_the_table_is_what_plans_say_now() -> None:
     text = scaling_page.PAGE.read_text()
     found = scaling_page.calibrate(report.read(report.RESULTS))
     assert text == scaling_page.page(text, found)
-    row = next(line for line in text.splitlines() if line.startswith("| 64 × H100 |"))
-    assert "| 20.5 – 27.6 |" in row
-    assert "**" not in row  # nothing in it was measured
+    modelled = scaling_page.plans(dataclasses.replace(found, steps=()))
+    assert "**" not in modelled
+    assert "| 64 × H100 | 1 | 6.96 | 474 | 20.5 – 27.6 |" in modelled
+    assert modelled.count(" × ") == 3 * 3
 
 
 def test_steps_of_known_gpus_are_taken_up() -> None:
