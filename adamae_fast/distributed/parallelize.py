@@ -82,7 +82,7 @@ def only_last_syncs(network: nn.Module, is_last: bool) -> AbstractContextManager
     if isinstance(network, DistributedDataParallel):
         return nullcontext() if is_last else cast(AbstractContextManager[None], network.no_sync())
     if _is_shared(network):
-        network.set_requires_gradient_sync(is_last)
+        network.set_requires_gradient_sync(is_last)  # type: ignore[operator]
     return nullcontext()
 
 
