@@ -7,10 +7,9 @@ for validation share no look with those for training. Arms, which differ in the 
 * **demo**: the pre-training that ``make demo`` makes (``--pretrained``, 300 steps on 48 other rendered videos);
 * **continued**: that one, pre-trained further by the same recipe on the action set's training videos, without labels.
 
-Each arm is fine-tuned by the same recipe (``configs/finetune_actions.yaml``), on the same videos, for the same number of
-steps. Its learning rate is the best of :data:`RATES` on a seed of its own and on videos of their own (rendered with
-another seed). Then it is trained with each of :data:`SEEDS`; top-1 is that of the last step, on the centre clip of each
-validation video.
+Each arm is fine-tuned by one recipe (``configs/finetune_actions.yaml``), on the same videos, for as many steps.
+Its learning rate is the best of :data:`RATES` on a seed of its own and on videos of their own (of another seed).
+Then it is trained with each of :data:`SEEDS`; top-1 is that of the last step, on the centre clip of each video.
 
 Every part is a run in ``--work``, and is not done again: stopped at any moment, the same command goes on. On a CPU the
 same command gives the same accuracies.
@@ -74,8 +73,8 @@ class Study:
         folder = self.work / name
         if not folder.exists():
             self.say(f"rendering {num_videos} videos")
-            size = {"num_frames": 16, "width": 64, "height": 64} if self.quick else {}
-            synthesize(str(folder), "actions", num_videos, seed=seed, val_share=val_share, **size)
+            length, side = (16, 64) if self.quick else (None, None)
+            synthesize(str(folder), "actions", num_videos, length, side, side, seed=seed, val_share=val_share)
         return folder
 
     def continue_pretraining(self, videos: Path) -> Path:

@@ -218,7 +218,7 @@ def _lay(
     frame_HWC: Floats, sprite_SSA: Floats, x: float, y: float, scale: float, angle: float
 ) -> tuple[float, float, float, float]:
     """Draw a sprite and the shadow that it throws."""
-    shade = np.float32([0, 0, 0, 0.4])
+    shade = np.array([0, 0, 0, 0.4], dtype=np.float32)
     offset = 0.02 * min(frame_HWC.shape[:2])
     draw(frame_HWC, sprite_SSA * shade, x + offset, y + 1.5 * offset, scale, angle)
     return draw(frame_HWC, sprite_SSA, x, y, scale, angle)
