@@ -8,10 +8,9 @@ for validation share no look with those for training. Arms, which differ in the 
 * **pretrained**: the demo's recipe on the action set's training videos, without their labels
   (``configs/actions.yaml``).
 
-Each arm is fine-tuned by the same recipe (``configs/finetune_actions.yaml``), on the same videos, for the same number
-of steps. Its learning rate is the best of :data:`RATES` on a seed of its own and on validation videos of their own
-(rendered with another seed). Then it is trained with each of :data:`SEEDS`; top-1 is that of the last step, on the
-centre clip of each validation video.
+Each arm is fine-tuned by one recipe (``configs/finetune_actions.yaml``), on the same videos, for as many steps.
+Its learning rate is the best of :data:`RATES` on a seed of its own and on videos of their own (of another seed).
+Then it is trained with each of :data:`SEEDS`; top-1 is that of the last step, on the centre clip of each video.
 
 Every part is a run in ``--work``, and is not done again: stopped at any moment, the same command goes on. On a CPU the
 same command gives the same accuracies.

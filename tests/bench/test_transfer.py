@@ -42,7 +42,7 @@ class Trainings:
         return summary
 
 
-def lists(out: str, preset: str, num_videos: int, *, val_share: float, **rest: object) -> None:
+def lists(out: str, preset: str, num_videos: int, *size: object, val_share: float, seed: int) -> None:
     """What the bench reads of a rendered set."""
     num_val = round(num_videos * val_share)
     Path(out).mkdir(parents=True)
