@@ -235,6 +235,7 @@ _MEASUREMENTS = {
     "data": "clips a second that decoders, prepared files and workers deliver",
     "real_decode": "training on decoded videos against training on clips that are on the device already",
     "data_memory": "memory of a process that opens thousands of videos",
+    "transfer": "accuracy of fine-tuning after pre-training and from scratch, on rendered actions",
     "run": "single operations against plain PyTorch and torch.compile",
     "gpu": "all of these on a GPU machine, resumed where they were cut off",
     "report": "no measurement: all results as one page, docs/results.md",

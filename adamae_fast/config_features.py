@@ -49,6 +49,9 @@ class FeatureConfig(ViewingConfig):
     views: FeatureViewsConfig = field(default_factory=FeatureViewsConfig)
     """Which views of a video are shown."""
 
+    batch_size: int | None = None
+    """Clips in one forward pass; if null train.batch_size of a fine-tuning run, and 16 for other checkpoints."""
+
     precision: Precision = "fp32"
     """Arithmetic of matrix products. bf16 is faster on a GPU, and less exact."""
 

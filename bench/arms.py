@@ -86,7 +86,7 @@ Gradients = dict[str, Tensor]
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """In training mode, but nothing is left out."""
-    before = []
+    before: list[tuple[nn.Module, str, Any, Any]] = []
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             before.append((module, "p", module.p, 0.0))
@@ -259,8 +259,8 @@ class OurArm(Arm):
 
     def choose(self) -> None:
         """Make the shared model this arm's."""
-        if hasattr(self.model, "set_recompute"):
-            self.model.set_recompute(self.config.train.recompute)
+        if hasattr(self.stepper.model, "set_recompute"):
+            self.stepper.model.set_recompute(self.config.train.recompute)
 
     def accumulate(self) -> None:
         """Forward and backward of the clips."""

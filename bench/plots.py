@@ -172,7 +172,35 @@ def data(result: Result) -> Figure:
     return figure
 
 
-PICTURES = {"step": step, "finetune_step": step, "memory": memory, "throughput": throughput, "data": data}
+def transfer(result: Result) -> Figure:
+    """Accuracy of each arm: the mean as a bar, each seed as a dot, chance as a line."""
+    from matplotlib.figure import Figure
+
+    rows = result["rows"]
+    figure = Figure(figsize=(6.5, 1.3 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    means = [100 * row["top1_mean"] for row in rows]
+    texts = [f"  {mean:.1f} ± {100 * row['top1_std']:.1f} %" for mean, row in zip(means, rows, strict=True)]
+    ends = [100 * max(row["top1"]) for row in rows]
+    _bars(axes, [row["arm"] for row in rows], means, texts, ends)
+    for i, row in enumerate(rows):
+        axes.patches[i].set_facecolor(PUBLISHED if row["arm"] == "scratch" else OURS)
+        axes.plot([100 * value for value in row["top1"]], [i] * len(row["top1"]), "o", color="#333333", markersize=4)
+    axes.axvline(100 * result["chance"], color="#333333", linewidth=0.8, linestyle=":")
+    axes.set_xlabel(f"top-1 after {result['steps']} steps of fine-tuning, %; dots: seeds; dotted: chance", fontsize=9)
+    figure.get_layout_engine().set(rect=(0, 0.07, 1, 0.93))  # type: ignore[union-attr, call-arg]
+    _caption(figure, result)
+    return figure
+
+
+PICTURES = {
+    "step": step,
+    "finetune_step": step,
+    "memory": memory,
+    "throughput": throughput,
+    "data": data,
+    "transfer": transfer,
+}
 
 
 def draw(found: dict[str, list[Result]], folder: Path) -> list[Path]:

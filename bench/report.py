@@ -352,6 +352,36 @@ def real_decode_section(result: Result) -> list[str]:
     return lines + table(columns, rows)
 
 
+def transfer_section(result: Result) -> list[str]:
+    """Fine-tuning from pre-training against training from scratch."""
+    lines = [f"### {result['conditions']['device']}", "", caption(result), ""]
+    videos, pretraining = result["videos"], result["pretraining"]
+    lines += [
+        f"{result['model']}; {videos['train']} rendered videos for training, {videos['val']} of other looks for "
+        f"validation, chance {result['chance']:.1%}. Every fine-tuning: {result['steps']} steps of {result['batch']} "
+        f"clips. Pre-training: demo {pretraining['demo']} steps on other videos; pretrained, "
+        f"{pretraining['pretrained']} by the same recipe on those for training, without labels "
+        f"({pretraining['seconds']:.0f} s).",
+        "",
+    ]
+    rows = [
+        (
+            row["arm"],
+            f"{row['rate']:g}",
+            f"{row['top1_mean']:.1%} ± {row['top1_std']:.1%}",
+            ", ".join(f"{value:.1%}" for value in row["top1"]),
+            f"{row['top5_mean']:.1%}",
+            ", ".join(f"{value:.0f}" for value in row["seconds"]),
+            {True: "yes", False: "no"}.get(result["beats_scratch"].get(row["arm"]), "–"),
+        )
+        for row in result["rows"]
+    ]
+    columns = ("arm", "base rate", "top-1", "each seed", "top-5", "seconds", "every seed above every seed of scratch")
+    lines += table(columns, rows)
+    tried = ", ".join(f"{row['arm']} {row['rate']:g}: {row['top1']:.1%}" for row in result["grid"])
+    return [*lines, f"Rates tried, on another seed and other videos for validation: {tried}.", ""]
+
+
 SECTIONS = {
     "step": ("A training step", step_section),
     "finetune_step": ("A fine-tuning step", step_section),
@@ -360,6 +390,7 @@ SECTIONS = {
     "data": ("What the data path delivers", data_section),
     "real_decode": ("Training on decoded videos", real_decode_section),
     "profile": ("Where a step spends its time", profile_section),
+    "transfer": ("Fine-tuning after pre-training", transfer_section),
     "kernels": ("Single operations", kernels_section),
 }
 
@@ -372,7 +403,7 @@ loop like theirs, and *ours-none@NAME* is ours with that attention back end in p
 are taken inside one run. *Reads* are calls of
 `item`, `nonzero`, `is_nonzero`, `_local_scalar_dense` in a step outside the optimizer; torch's fused AdamW on the CPU
 reads its own step counters, which lie in host memory. *CPU ms*: of all threads of the process in a step; where
-they wait for a GPU, that counts. Arms of the data path: `bench/data.py`.
+they wait for a GPU, that counts. Arms of the data path: `bench/data.py`; of fine-tuning: `bench/transfer.py`.
 """
 
 

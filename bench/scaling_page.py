@@ -1,18 +1,50 @@
-"""``python -m bench.scaling_page``: write what plans start from, ``adamae_fast/plan/calibration.json``.
+"""``python -m bench.scaling_page``: what plans start from, and the table of plans in docs/scaling.md, written anew.
 
-It is taken from the files of bench/results. Nothing of it is typed by hand.
+The first, ``adamae_fast/plan/calibration.json``, is taken from the files of bench/results; the second is what
+``adamae-fast plan`` says. Nothing of both is typed by hand.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+from adamae_fast.config import PretrainConfig, load_config
 from adamae_fast.plan.calibration import PATH, Calibration, MeasuredDecode, MeasuredStep
-from adamae_fast.plan.hardware import gpu_named
+from adamae_fast.plan.command import shown
+from adamae_fast.plan.hardware import GPUS, gpu_named
+from adamae_fast.plan.options import PlanOptions
+from adamae_fast.plan.planner import Plan, make_plan
 from bench.conditions import ROOT
-from bench.report import RESULTS, Result, read
+from bench.report import RESULTS, Result, read, table
+
+PAGE = ROOT / "docs" / "scaling.md"
+
+MARKS = ("<!-- plans, written by python -m bench.scaling_page -->\n", "<!-- end of plans -->\n")
+"""Around the table in the page."""
+
+RECIPE = "configs/pretrain_k400_vitb.yaml"
+
+NUM_GPUS = (8, 32, 64)
+
+BATCH, TOTAL_BATCH = 32, 2048
+"""Clips of a pass on a GPU, and of a step on all: those of the published run."""
+
+COLUMNS = {
+    "memory_bytes": "memory, GB",
+    "largest_batch": "largest batch",
+    "step": "step, ms",
+    "exposed": "of it network, ms",
+    "clips_per_s": "clips/s of a GPU",
+    "decode_rate": "frames/s to decode for a GPU",
+    "cores": "CPU cores for a GPU",
+    "read": "read by a node, GB/s",
+    "hours_alone": "hours, steps alone",
+    "hours": "hours, 8 workers a GPU",
+    "gpu_hours_per_epoch": "GPU hours of an epoch",
+}
+"""Figures of a plan that the page shows."""
 
 DECODERS = {"ours-pyav": "pyav", "ours-decord": "decord"}
 """Arms of ``bench.data`` that are decoders of ours."""
@@ -73,6 +105,41 @@ def calibrate(found: dict[str, list[Result]]) -> Calibration:
     )
 
 
+def plan_of(recipe: PretrainConfig, gpu: str, num_gpus: int, calibration: Calibration) -> Plan:
+    """``adamae-fast plan --gpu … --num-gpus … --dataset k400 --config … --batch 32 --total-batch 2048``."""
+    train = replace(recipe.train, batch_size=BATCH, accumulate=TOTAL_BATCH // BATCH // num_gpus)
+    options = PlanOptions(gpu=gpu, num_gpus=num_gpus, dataset="k400")  # type: ignore[arg-type]
+    return make_plan(replace(recipe, train=train), options, calibration)
+
+
+def plans(calibration: Calibration) -> str:
+    """The table, bold where a figure was measured."""
+    rows = []
+    recipe = load_config(ROOT / RECIPE)
+    for gpu in GPUS:
+        for num_gpus in NUM_GPUS:
+            plan = plan_of(recipe, gpu, num_gpus, calibration)
+            figures = [plan.figures[key] for key in COLUMNS]
+            units = [figure.unit for figure in figures]
+            cells = [shown(x).removesuffix(f" {unit}") for x, unit in zip(figures, units, strict=True)]
+            marked = [f"**{cell}**" if x.basis == "measured" else cell for x, cell in zip(figures, cells, strict=True)]
+            rows.append((f"{num_gpus} × {gpu.upper()}", f"{TOTAL_BATCH // BATCH // num_gpus}", *marked))
+    lines = table(("GPUs", "passes of a step", *COLUMNS.values()), rows)
+    measured = sorted({f"{row.source} ({row.arm}, batch {row.batch})" for row in calibration.steps})
+    on_gpu = f"Steps that were measured: {', '.join(measured)}." if measured else "No step was measured on a GPU yet."
+    decoded = sorted({row.source for row in calibration.decodes})
+    lines += [f"{on_gpu} CPU time and decoded frames of a clip were measured: {', '.join(decoded)}."]
+    return "\n".join(lines) + "\n"
+
+
+def page(text: str, calibration: Calibration) -> str:
+    """The page with what is between its marks written anew."""
+    assert all(mark in text for mark in MARKS)
+    before, _, rest = text.partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    return f"{before}{MARKS[0]}\n{plans(calibration)}\n{MARKS[1]}{after}"
+
+
 def as_json(calibration: Calibration) -> str:
     """The text of the file."""
     return json.dumps(asdict(calibration), indent=1) + "\n"
@@ -83,5 +150,7 @@ def _source(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    PATH.write_text(as_json(calibrate(read(RESULTS))))
-    print(f"written: {PATH.relative_to(ROOT)}")
+    taken = calibrate(read(RESULTS))
+    PATH.write_text(as_json(taken))
+    PAGE.write_text(page(PAGE.read_text(), taken))
+    print(f"written: {PATH.relative_to(ROOT)}, {PAGE.relative_to(ROOT)}")

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from adamae_fast import AdaMAE, VideoClassifier
+from adamae_fast.cli import main
 from adamae_fast.config import load_config, load_run_config, save_config
 from adamae_fast.config_finetune import FinetuneConfig
 from adamae_fast.interop.convert import convert
 from tests.conftest import REPOSITORY
+from tests.train.labelled_videos import write_manifest
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 EXAMPLES = {
@@ -24,8 +26,8 @@ EXAMPLES = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Runs of the demo's recipes, with weights for which every layer counts, and a published file."""
+def folder(tmp_path_factory, tiny_videos) -> Path:
+    """Runs of the demo's recipes, with weights for which every layer counts, a published file, and features."""
     folder = tmp_path_factory.mktemp("examples")
     (folder / "configs").symlink_to(REPOSITORY / "configs")
     demo = load_config(REPOSITORY / "configs" / "demo.yaml")
@@ -41,6 +43,9 @@ def folder(tmp_path_factory) -> Path:
         save_file(state, folder / "runs" / name / "model.safetensors")
         save_config(config, folder / "runs" / name / "config.yaml")
     convert(str(folder / "runs" / "demo"), str(folder / "published.pth"), "adamae")
+    videos = write_manifest(folder / "videos.txt", tiny_videos, [0, 1, 2, 0, 1])
+    told = [f"--data.manifest={videos}", f"--output_dir={folder / 'runs' / 'demo-features'}", "--data.num_workers=0"]
+    assert main(["extract", str(folder / "runs" / "demo"), *told]) == 0
     return folder
 
 

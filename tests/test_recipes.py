@@ -18,6 +18,7 @@ from tests.conftest import REPOSITORY
 TEXT = (REPOSITORY / "docs" / "recipes.md").read_text()
 SMALLER = {
     "data synth": ["--num_videos=8", "--num_frames=16", "--width=64", "--height=64"],
+    "probe": ["--head.epochs=20"],
     "finetune": ["--train.steps=2", "--train.batch_size=4", "--data.num_workers=0", "--log.tensorboard=false"],
 }
 
@@ -37,17 +38,21 @@ def test_from_labelled_videos_to_a_confusion_matrix(tmp_path, monkeypatch, capsy
     torch.manual_seed(0)
     save_file(AdaMAE.from_config(REPOSITORY / "configs" / "demo.yaml").state_dict(), demo / "model.safetensors")
     ran = []
-    for command in [*commands("From labelled videos"), *commands("Saliency")]:
+    for command in [*commands("From labelled videos"), *commands("Saliency"), *commands("Features, probes")]:
         words = shlex.split(command)
         assert words.pop(0) == "adamae-fast"
         name = next(name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS)
         assert main([*words, *SMALLER.get(name, [])]) == 0, capsys.readouterr().err
         ran.append(name)
-    assert ran == ["data synth", "data synth", "data check", "finetune", "evaluate", "saliency"]
+    assert ran[:5] == ["data synth", "data synth", "data check", "finetune", "evaluate"]
+    assert ran[5:] == ["saliency", "extract", "probe", "retrieve"]
     output_dir = Path("runs/demo-finetuned/evaluation")
     results = json.loads((output_dir / "results.json").read_text())
     assert (results["num_videos"], results["num_readable"], len(results["classes"])) == (8, 8, 8)
     assert (output_dir / "confusion_matrix.png").stat().st_size > 1000
+    results = json.loads(Path("runs/demo-probe/results.json").read_text())
+    assert (results["num_train"], results["num_videos"], results["probe"]) == (8, 8, "linear")
+    assert len(Path("runs/demo-neighbours.jsonl").read_text().splitlines()) == 2
     assert len(list(Path("runs/demo-saliency").glob("*_saliency.mp4"))) == 2
 
 

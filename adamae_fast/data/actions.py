@@ -1,6 +1,6 @@
 """The rendered action set: what two things do is the class, and no single frame tells it.
 
-Two textured sprites, A and B, lie on a textured scene with others (distractors) that look and lie like them; the camera
+Two textured sprites, A and B, lie on a textured scene, with up to two others (distractors) like them; the camera
 pans. Of the motions below, one is carried out and is the class. **All others are there as well, but stopped, each at a
 random moment of its own**: in every video the pair is at some moment of a way to the left, of growing, of a turn, of an
 approach. So a random frame of a video has the same distribution for every class, but for what ``Motion.of`` says about
@@ -117,9 +117,9 @@ class Motion:
             return {plus: 1, minus: -1}.get(action, rng.choice((-1, 1)))
 
         # Size, and the angle of each.
-        diameters = rng.uniform(0.2, 0.34, 2) * side
-        growth = sign("zoom-in", "zoom-out") * np.log(rng.uniform(1.7, 2.3))
-        scale_T = np.exp(growth * (when("zoom-in", "zoom-out") - rng.uniform(0.1, 0.9)))
+        diameters = rng.uniform(0.24, 0.36, 2) * side
+        growth = sign("zoom-in", "zoom-out") * np.log(rng.uniform(1.6, 2.1))
+        scale_T = np.exp(growth * (when("zoom-in", "zoom-out") - rng.uniform(0.2, 0.8)))
         turn = 2 * np.pi * rng.uniform(0.5, 1.0) * sign("rotate-clockwise", "rotate-counterclockwise")
         turning = when("rotate-clockwise", "rotate-counterclockwise")
         angle_OT = rng.uniform(0, 2 * np.pi, (2, 1)) + turn * turning
@@ -146,10 +146,10 @@ class Motion:
         b_T = -from_b_to_a(clock_T, frozen()).mean() / 2 - speed * pushed_T * np.exp(1j * heading)
         swing = rng.uniform(0.08, 0.13) * side * np.exp(1j * rng.uniform(0, 2 * np.pi))
         b_T = b_T + swing * np.sin(2 * np.pi * (rng.uniform(1.5, 2.5) * when("sway") + rng.uniform()))
-        to_the_right = sign("move-right", "move-left") * rng.uniform(0.28, 0.42)
-        downwards = sign("move-down", "move-up") * rng.uniform(0.28, 0.42)
-        x_T = 0.5 + rng.uniform(-0.07, 0.07) + to_the_right * (when("move-left", "move-right") - rng.uniform(0.2, 0.8))
-        y_T = 0.5 + rng.uniform(-0.07, 0.07) + downwards * (when("move-up", "move-down") - rng.uniform(0.2, 0.8))
+        to_the_right = sign("move-right", "move-left") * rng.uniform(0.35, 0.5)
+        downwards = sign("move-down", "move-up") * rng.uniform(0.35, 0.5)
+        x_T = 0.5 + rng.uniform(-0.05, 0.05) + to_the_right * (when("move-left", "move-right") - rng.uniform(0.2, 0.8))
+        y_T = 0.5 + rng.uniform(-0.05, 0.05) + downwards * (when("move-up", "move-down") - rng.uniform(0.2, 0.8))
         b_T = b_T + width * x_T + 1j * height * y_T
         position_OT = np.stack([b_T + apart_T, b_T])
         return cls(
@@ -176,17 +176,19 @@ class Film:
         palette, looks = palette_of(split), LOOKS[split]
 
         def new_sprite(diameter: float) -> Floats:
-            return sprite(rng, max(8, round(diameter)), palette, looks[rng.integers(len(looks))])
+            # Of a pattern that repeats itself within a few frames of its way, the direction would be ambiguous.
+            coarseness = 1.6 * side / 80
+            return sprite(rng, max(8, round(diameter)), palette, looks[rng.integers(len(looks))], coarseness)
 
         # One texel is one pixel where a sprite is largest, so that sampling only ever shrinks it.
         self.sprites = [new_sprite(d * float(self.motion.scale_T.max())) for d in self.motion.diameters]
         self.others = []
         """Sprite, x, y and angle of each distractor."""
-        for _ in range(rng.integers(1, 3)):
-            diameter = rng.uniform(0.2, 0.34) * side * np.exp(rng.uniform(-0.5, 0.5))
+        for _ in range(rng.integers(0, 3)):
+            diameter = rng.uniform(0.24, 0.36) * side * np.exp(rng.uniform(-0.5, 0.5))
             place = rng.uniform(0.05, 0.95, 2) * (width, height)
             self.others.append((new_sprite(diameter), *place, rng.uniform(0, 2 * np.pi)))
-        direction, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.12) * side
+        direction, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.08) * side
         self.pan_T = np.linspace(-0.5, 0.5, num_frames) * distance * np.exp(1j * direction)
         """What the camera's motion adds to every x (real) and y (imaginary part)."""
         self.margin = round(0.06 * side) + 2
@@ -216,7 +218,7 @@ def _lay(
     frame_HWC: Floats, sprite_SSA: Floats, x: float, y: float, scale: float, angle: float
 ) -> tuple[float, float, float, float]:
     """Draw a sprite and the shadow that it throws."""
-    shade = np.float32([0, 0, 0, 0.4])
+    shade = np.array([0, 0, 0, 0.4], dtype=np.float32)
     offset = 0.02 * min(frame_HWC.shape[:2])
     draw(frame_HWC, sprite_SSA * shade, x + offset, y + 1.5 * offset, scale, angle)
     return draw(frame_HWC, sprite_SSA, x, y, scale, angle)

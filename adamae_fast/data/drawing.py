@@ -71,11 +71,16 @@ def cut(scene_HWC: Floats, x: float, y: float, height: int, width: int) -> Float
 
 
 def sprite(
-    rng: np.random.Generator, size: int, palette: Palette = every_hue, look: tuple[str, str] | None = None
+    rng: np.random.Generator,
+    size: int,
+    palette: Palette = every_hue,
+    look: tuple[str, str] | None = None,
+    coarseness: float = 1.0,
 ) -> Floats:
     """A textured shape with a darker rim, transparent around it: (S, S, A), S = size + 2, alpha multiplied in.
 
-    ``look`` names its outline and its pattern; they are drawn at random without it.
+    ``look`` names its outline and its pattern; they are drawn at random without it. A pattern repeats every 6 to 9
+    texels times ``coarseness``.
     """
     outline, pattern = look or (None, None)
     axis_S = (np.arange(size + 2, dtype=np.float32) - (size + 1) / 2) / (size / 2)
@@ -93,7 +98,7 @@ def sprite(
         hsv_to_rgb(palette((hue + rng.uniform(0.25, 0.75)) % 1), rng.uniform(0.15, 0.7), rng.uniform(0.92, 1.0)),
         dtype=np.float32,
     )
-    colour_SSC = dark + _pattern(rng, size + 2, pattern)[:, :, None] * (bright - dark)
+    colour_SSC = dark + _pattern(rng, size + 2, pattern, coarseness)[:, :, None] * (bright - dark)
     colour_SSC = colour_SSC * (1 + 0.08 * noise(rng, size + 2, size + 2, 3.0)[:, :, None])
     rim_SS1 = (1 - (depth_SS - 1.0)).clip(0, 1)[:, :, None]
     colour_SSC = colour_SSC + rim_SS1 * (0.5 * dark - colour_SSC)
@@ -116,10 +121,10 @@ def _outline(rng: np.random.Generator, angle: Floats, kind: str | None) -> Float
     return (inner * np.sin(half) / (np.sin(turned) * inner + np.sin(half - turned))).astype(np.float32)
 
 
-def _pattern(rng: np.random.Generator, size: int, kind: str | None) -> Floats:
+def _pattern(rng: np.random.Generator, size: int, kind: str | None, coarseness: float) -> Floats:
     """A fine two-tone pattern in [0, 1], shape (size, size); none looks the same when it is turned by a small angle."""
     kind = kind or rng.choice(PATTERNS)
-    period = rng.uniform(6.0, 9.0)
+    period = coarseness * rng.uniform(6.0, 9.0)
     x, y = np.meshgrid(np.arange(size, dtype=np.float32), np.arange(size, dtype=np.float32))
     phase, angle = rng.uniform(0, 2 * np.pi, size=2)
     u = (x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period) + phase

@@ -229,10 +229,13 @@ def view_batches(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    numbers: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     known_crashers: Mapping[str, str] | None = None,
 ) -> Generator[ViewBatch, None, None]:
     """Every view of every video exactly once: rank r of W has videos r, r + W, r + 2W, … and all of their views.
+
+    ``numbers`` names other videos for this process, by their places among the entries and in this order.
 
     An unreadable video is in the ``bad`` of exactly one batch of one rank, and no other video takes its place; so on
     all ranks together, videos in ``ids`` and videos in ``bad`` are as many as ``entries``. Ranks may have different
@@ -243,7 +246,7 @@ def view_batches(
         The same as :func:`~adamae_fast.data.loader.clip_batches`, but for NoReadableVideoError.
     """
     num_videos = max(1, batch_size // (views.temporal * views.spatial))
-    mine = range(rank, len(entries), world_size)
+    mine = range(rank, len(entries), world_size) if numbers is None else numbers
     batches = load_batches(
         EvaluationViews(entries, config, views, num_frames, frame_size, known_crashers),
         lambda i: mine[i * num_videos : (i + 1) * num_videos],

@@ -143,7 +143,7 @@ def stream_batches(
 
 def load_batches(
     videos: Videos,
-    numbers: Callable[[int], range],
+    numbers: Callable[[int], Sequence[int]],
     start_batch: int,
     num_batches: int,
     device: torch.device | str = "cpu",
@@ -158,7 +158,7 @@ def load_batches(
 
 def _load(
     batches: _Batches,
-    numbers: Callable[[int], range],
+    numbers: Callable[[int], Sequence[int]],
     start_batch: int,
     num_batches: int,
     device: torch.device | str,
@@ -193,13 +193,13 @@ class _Batches:
         collate: makes a batch of samples and their numbers.
     """
 
-    def __init__(self, clips: Videos, read: Callable[[int], Any], collate: Callable[[Any, range], Any]) -> None:
+    def __init__(self, clips: Videos, read: Callable[[int], Any], collate: Callable[[Any, Any], Any]) -> None:
         self.clips = clips
         self.num_finished = torch.tensor(0)
         self._read = read
         self._collate = collate
 
-    def __getitem__(self, numbers: range) -> Any:
+    def __getitem__(self, numbers: Sequence[int]) -> Any:
         samples: list[Any] = []
         for number in numbers:
             try:
@@ -212,7 +212,7 @@ class _Batches:
         return batch
 
 
-def _collate(samples: Sequence[ClipSample], numbers: range) -> Batch:
+def _collate(samples: Sequence[ClipSample], numbers: Sequence[int]) -> Batch:
     clips = [clip for sample in samples for clip in sample.video]
     # default_collate stacks into shared memory when it runs in a worker.
     video = default_collate(clips) if clips else samples[0].video

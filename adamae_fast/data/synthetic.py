@@ -81,7 +81,7 @@ class _Preset:
 
 _PRESETS = {
     "demo": _Preset(MOTIONS, num_videos=48, num_frames=48, width=160, height=120),
-    "actions": _Preset(ACTIONS, num_videos=1008, num_frames=40, width=80, height=80),
+    "actions": _Preset(ACTIONS, num_videos=1008, num_frames=32, width=80, height=80),
 }
 
 _VAL_SHARE = 0.25
@@ -127,7 +127,7 @@ def synthesize(
         preset: Which set: demo or actions.
         num_videos: Videos to render, by default 48 for demo and 1008 for actions; with a multiple of the number of
             classes each is there equally often.
-        num_frames: Frames of each video, at 24 frames per second; at least 8, by default 48 and 40.
+        num_frames: Frames of each video, at 24 frames per second; at least 8, by default 48 and 32.
         width: Width of the frames in pixels; even, at least 64, by default 160 and 80.
         height: Height of the frames in pixels; even, at least 64, by default 120 and 80.
         seed: Source of every random choice; 0 or more.

@@ -81,9 +81,8 @@ def only_last_syncs(network: nn.Module, is_last: bool) -> AbstractContextManager
     """Return the context for forward and backward of a micro-batch: gradients travel with a step's last one alone."""
     if isinstance(network, DistributedDataParallel):
         return nullcontext() if is_last else cast(AbstractContextManager[None], network.no_sync())
-    shared: Any = network
-    if _is_shared(shared):
-        shared.set_requires_gradient_sync(is_last)
+    if _is_shared(network):
+        network.set_requires_gradient_sync(is_last)  # type: ignore[operator]
     return nullcontext()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -210,13 +211,17 @@ def _store(source: Source, options: ExtractConfig) -> FeatureStore:
         "shard_videos": -(-options.shard_videos // per_batch) * per_batch,
     }
     width = source.model.tokenizer.weight.shape[0]
-    told = {"data.manifest": config.data.manifest, "data.root": config.data.root, **settings}
-    words = [f"--{key}={value}" for key, value in told.items() if value is not None and not key.endswith("_sha256")]
-    command = ["adamae-fast", "extract", str(source.checkpoint), *words]
+    # Whoever reads the index may be in another folder.
+    paths = {
+        "checkpoint": os.path.abspath(source.checkpoint),
+        "data.manifest": os.path.abspath(os.path.expanduser(config.data.manifest)),
+        "data.root": None if config.data.root is None else os.path.abspath(os.path.expanduser(config.data.root)),
+    }
+    told = {key: value for key, value in {**paths, **settings}.items() if not key.endswith("_sha256")}
+    words = [f"--{key}={value}" for key, value in told.items() if value is not None and key != "checkpoint"]
+    command = ["adamae-fast", "extract", os.path.abspath(source.checkpoint), *words]
     facts = {
-        "checkpoint": str(source.checkpoint),
-        "data.manifest": config.data.manifest,
-        "data.root": config.data.root,
+        **paths,
         "command": shlex.join(command),
         "shape": [width] if options.tokens == "pooled" else [num_views * source.model.grid.num_tokens, width],
         "versions": {"adamae-fast": __version__, "torch": torch.__version__},
@@ -241,10 +246,11 @@ def _write_shards(
     num_views = config.views.temporal * config.views.spatial
     shown_views = show_views(
         features_of(source.model, options.tokens),
-        [entries[i] for i in numbers],
+        entries,
         config,
         config.views,
         device=next(source.model.parameters()).device,
+        numbers=numbers,
     )
     dtype = DTYPES[options.dtype or DEFAULT_DTYPES[options.tokens]]
     with (
@@ -263,10 +269,10 @@ def _write_shards(
                 shown = next(shown_views)
                 bad += shown.bad
                 if shown.outputs_BX is not None:
-                    merged_VX = merge_features(shown.outputs_BX, options.tokens, num_views)
-                    require_finite(merged_VX.to(dtype), shown.ids_V, [entries[i] for i in numbers], "features")
-                    features.append(merged_VX.to(dtype).cpu())
-                    ids += [numbers[i] for i in shown.ids_V.tolist()]
+                    features_VX = merge_features(shown.outputs_BX, options.tokens, num_views).to(dtype).cpu()
+                    require_finite(features_VX, shown.ids_V, entries, "features")
+                    features.append(features_VX)
+                    ids += shown.ids_V.tolist()
                 waiting -= len(shown.ids_V) + len(shown.bad)
                 progress.advance(task, len(shown.ids_V) + len(shown.bad))
             store.write(shard, ShardContent(torch.cat(features), ids, bad), entries)

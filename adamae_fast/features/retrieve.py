@@ -92,6 +92,11 @@ def _as_extracted(features: FeatureFolder, options: RetrieveConfig) -> ExtractCo
                 f"{key}={given[key]!r} has no effect: {features.path} was extracted with its own settings; leave it "
                 "out, or name a checkpoint in place of the folder"
             )
+    if not os.path.exists(header["checkpoint"]):
+        raise ValueError(
+            f"{features.path} was extracted with {header['checkpoint']}, which is not there any more; bring it back, "
+            "since queries need the same weights"
+        )
     if settings["tokens"] != "pooled":
         raise ValueError(f"{features.path} holds all tokens; videos are compared by pooled features: extract those")
     shared = {key: settings[key] for key in ("precision", "batch_size", "num_frames", "frame_size", "shard_videos")}

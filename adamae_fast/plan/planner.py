@@ -123,7 +123,10 @@ class _Builder:
         train, mask, model = self.config.train, self.config.mask, self.config.model
         how = "a formula that equals what saved-tensor hooks count (tests/bench/test_predict.py)"
         kept = work.kept_bytes(model, mask, train.recompute, "bf16").total()
-        self.add("kept_bytes", "kept for the backward, a clip", kept, "MB", "measured", how, 1e6)
+        if train.compile:
+            how = "without compilation, which keeps less"
+        by_hooks: Basis = "modelled" if train.compile else "measured"
+        self.add("kept_bytes", "kept for the backward, a clip", kept, "MB", by_hooks, how, 1e6)
         num_gpus = self.options.num_gpus
         memory = memory_of(self.config, self.parameters, num_gpus, train.recompute)
         found = measured_step(self.calibration, self.options, self.config)

@@ -124,7 +124,7 @@ def measure_saliency(model: AdaMAE, video: VideoFile, tiling: Tiling) -> Salienc
     """Run tokenizer and sampler over every window of a video, in eval mode.
 
     Memory follows from the window and the size of a frame; only the map grows with the video. Raises VideoError for a
-    video that does not decode, ValueError for a model without a sampler.
+    video that does not decode, ValueError for a model without a sampler, or with one whose logits are not finite.
     """
     grid, patch = tiling.grid, tiling.grid.patch_size
     sums_LRC, counts_LRC = np.zeros(tiling.shape), np.zeros(tiling.shape)
@@ -139,6 +139,8 @@ def measure_saliency(model: AdaMAE, video: VideoFile, tiling: Tiling) -> Salienc
         for begin in range(0, len(squares), WINDOWS_AT_ONCE):
             batch = torch.stack(squares[begin : begin + WINDOWS_AT_ONCE])
             log_p_BN = sampler_logits(model, batch, WINDOWS_AT_ONCE).double().log_softmax(dim=1).cpu()
+            if not log_p_BN.isfinite().all():
+                raise ValueError(f"{video.path}: the sampler's logits are not finite; choose an earlier checkpoint")
             entropies += torch.special.entr(log_p_BN.exp()).sum(dim=1).tolist()
             relative = (log_p_BN.exp() * grid.num_tokens).unflatten(1, grid.shape).numpy()
             for (y, x), map_thw in zip(corners[begin:], relative, strict=False):

@@ -80,11 +80,10 @@ def show_views(
     views: ViewsConfig,
     *,
     device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
+    numbers: Sequence[int] | None = None,
     known_crashers: Mapping[str, str] | None = None,
 ) -> Generator[Shown, None, None]:
-    """Let ``compute`` see all views of process ``rank``'s share of the videos, batch by batch.
+    """Let ``compute`` see all views of videos, batch by batch.
 
     Args:
         compute: from clips, uint8 (B, 3, T, H, W) on ``device``, to something of each of them; B is train.batch_size at
@@ -93,8 +92,7 @@ def show_views(
         config: how videos are read, size of clips and batches, precision.
         views: of each video.
         device: where it computes.
-        rank: of this process.
-        world_size: number of processes; on all together each video is seen once.
+        numbers: the videos' places in the manifest; all of it if None.
         known_crashers: videos that are not opened.
 
     Raises DataStoppedError as :func:`~adamae_fast.data.labelled.view_batches` does.
@@ -106,8 +104,7 @@ def show_views(
         num_frames=config.model.num_frames,
         frame_size=config.model.frame_size,
         batch_size=config.train.batch_size,
-        rank=rank,
-        world_size=world_size,
+        numbers=numbers,
         device=device,
         known_crashers=known_crashers,
     )
@@ -165,8 +162,7 @@ def predict_views(
         config,
         views,
         device=device,
-        rank=rank,
-        world_size=world_size,
+        numbers=range(rank, len(entries), world_size),
         known_crashers=known_crashers,
     )
     with closing(shown_views):

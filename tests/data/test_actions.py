@@ -153,7 +153,7 @@ def test_only_the_motion_of_the_class_is_carried_out(action: str, seed: int) -> 
         way = {"left": -1, "right": 1, "up": -1j, "down": 1j}[action.partition("-")[2]]
         assert (np.real(step_T / way) > 0).all()
         assert np.abs(np.imag(step_T / way)).max() < 1e-3
-        assert 27 < np.abs(b_T[-1] - b_T[0]) < 43
+        assert 34 < np.abs(b_T[-1] - b_T[0]) < 51
     elif kind == "rotate":
         turns_OT = np.diff(motion.angle_OT) * (1 if action.endswith("-clockwise") else -1)
         assert (turns_OT > 0).all()
@@ -161,7 +161,7 @@ def test_only_the_motion_of_the_class_is_carried_out(action: str, seed: int) -> 
     elif kind == "zoom":
         growth_T = np.diff(motion.scale_T) * (1 if action == "zoom-in" else -1)
         assert (growth_T > 0).all()
-        assert max(motion.scale_T[[0, -1]]) / min(motion.scale_T[[0, -1]]) > 1.69
+        assert max(motion.scale_T[[0, -1]]) / min(motion.scale_T[[0, -1]]) > 1.59
     elif kind == "sway":
         along_T = np.real((b_T - b_T.mean()) * np.exp(-1j * np.angle(step_T[np.abs(step_T).argmax()])))
         assert (np.diff(np.sign(np.diff(along_T))) != 0).sum() >= 2

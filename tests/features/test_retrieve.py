@@ -138,3 +138,17 @@ def test_a_checkpoint_or_manifest_that_has_changed_since_is_refused(featured, ti
     write_manifest(manifest, tiny_videos[:4], [0, 1, 2, 0])
     with pytest.raises(FeaturesError, match=r"was made with data\.manifest="):
         run(tmp_path / "features", tiny_videos[:1], tmp_path / "sheet.png", k=1)
+
+
+def test_a_feature_folder_is_searched_from_anywhere(featured, tiny_videos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(featured.pretrained, "checkpoint")
+    write_manifest(tmp_path / "videos.txt", tiny_videos, [0, 1, 2, 0, 1])
+    extract("checkpoint", extract_options(featured, "features", data={"manifest": "videos.txt"}), Console(quiet=True))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    lines, _, _ = run("../features", tiny_videos[:1], tmp_path / "sheet.png", k=4)
+    assert {n["id"] for n in lines[0]["neighbours"]} == {1, 2, 3, 4}
+    shutil.rmtree(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"extracted with \S+/checkpoint, which is not there any more"):
+        run("../features", tiny_videos[:1], tmp_path / "sheet.png", k=4)

@@ -1,5 +1,6 @@
 """configs/launch/slurm.sbatch with stand-ins for srun and scontrol: what is started, what a signal leads to."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from adamae_fast.cli import main
 from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "configs" / "launch" / "slurm.sbatch"
@@ -172,4 +172,50 @@ def test_the_image_installs_what_the_project_pins():
     lines = (SCRIPT.parent / "Dockerfile").read_text()
     assert "NEVER BUILT" in lines
     assert "--constraint constraints.txt" in lines
-    assert main(["info", "--json"]) == 0  # what its last step calls
+    assert (REPOSITORY / "constraints.txt").is_file()
+
+
+PASS_ON = """#!/bin/bash
+shift
+exec "$@"
+"""
+
+
+def test_a_real_training_saves_when_time_is_up(cluster, tiny_videos):
+    """PyTorch's torchrun and two processes of the training; srun only passes on the line, and the signal to it."""
+    folder = Path(cluster["FOLDER"])
+    (folder / "bin" / "srun").write_text(PASS_ON)
+    (folder / "bin" / "scontrol").write_text(SCONTROL.replace("node7\\nnode8\\n", "localhost\\n"))
+    tools = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**cluster, "PATH": tools, "PYTHONPATH": str(REPOSITORY), "SLURM_GPUS_ON_NODE": "2"}
+    environment |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": str(os.getpid())}
+    options = {
+        "data.manifest": tiny_videos[0].parent, "data.num_workers": 0, "data.stride": 1, "data.crop": "center",
+        "model.size": "nano", "model.num_frames": 4, "model.frame_size": 32, "mask.ratio": 0.8,
+        "train.batch_size": 2, "train.device": "cpu", "train.precision": "fp32", "train.steps": 1_000_000,
+        "log.every": 1, "log.tensorboard": "false",
+    }  # fmt: skip
+    words = [f"--{key}={value}" for key, value in options.items()]
+    with (folder / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            ["bash", SCRIPT, str(folder / "run"), *words],
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None, (folder / "output.txt").read_text()
+            assert time.monotonic() < deadline, (folder / "output.txt").read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=120) == 0, (folder / "output.txt").read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # all of them have ended, unless the test has failed
+            os.killpg(process.pid, signal.SIGKILL)
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    assert summary["stopped_by"] == "SIGUSR1"
+    assert summary["checkpoint"].endswith(f"step_{summary['step']:08d}")
+    assert requeued(cluster) == [f"requeue {os.getpid()}"]

@@ -16,6 +16,9 @@ from tests.conftest import REPOSITORY
 K400 = REPOSITORY / "configs" / "pretrain_k400_vitb.yaml"
 LINE = ["plan", "--gpu", "h100", "--num-gpus", "64", "--dataset", "k400", "--epochs", "800"]
 
+NO_STEPS = dataclasses.replace(calibration(), steps=())
+"""What was measured but for steps on GPUs, so that what these tests expect does not change with new results."""
+
 
 def plan(train=None, data=None, checkpoint=None, measured=None, **options):
     config = PretrainConfig(
@@ -24,7 +27,7 @@ def plan(train=None, data=None, checkpoint=None, measured=None, **options):
         checkpoint=CheckpointConfig(**(checkpoint or {})),
     )
     chosen = PlanOptions(**{"gpu": "h100", "num_gpus": 64, "dataset": "k400", **options})
-    return make_plan(config, chosen, measured or calibration())
+    return make_plan(config, chosen, measured or NO_STEPS)
 
 
 def test_a_plan_by_hand():
@@ -95,17 +98,16 @@ def test_clips_that_were_not_measured_are_modelled_from_those_that_were():
     assert plan(data={"decoder": "decord"}).value("clip_cpu") == pytest.approx(33.964)
 
 
-def test_on_a_gpu_nothing_but_counts_and_decoding_is_measured():
-    """No training step was measured on a GPU so far; this test tells when that changes."""
-    assert calibration().steps == ()
+def test_without_results_of_a_gpu_nothing_but_counts_and_decoding_is_measured():
     measured = {key for key, figure in plan().figures.items() if figure.basis == "measured"}
     assert measured == {"kept_bytes", "clip_frames", "clip_cpu"}
+    assert plan(train={"compile": True}).figures["kept_bytes"].basis == "modelled"  # hooks saw uncompiled blocks
 
 
 @pytest.fixture
 def measured():
     row = MeasuredStep(gpu="h100", arm="ours-none", batch=32, seconds=0.0254, allocated_bytes=7_000_000_000, source="x")
-    return dataclasses.replace(calibration(), steps=(row,))
+    return dataclasses.replace(NO_STEPS, steps=(row,))
 
 
 def test_a_measured_step_replaces_the_modelled_one(measured):
@@ -226,3 +228,20 @@ def test_json_holds_every_figure_with_its_basis(capsys):
 def test_mistakes_are_one_message(arguments, message, capsys):
     assert main([*LINE, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+DOCUMENTED = [
+    line for line in (REPOSITORY / "docs" / "scaling.md").read_text().splitlines() if "adamae-fast plan --" in line
+]
+
+
+@pytest.mark.parametrize("line", DOCUMENTED)
+def test_commands_of_the_page_run(line, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    words = [word for word in line.split()[1:] if word != "--dry-run"]  # that one is tested with a smaller model
+    assert main(words) == 0
+    assert "GPU hours" in capsys.readouterr().out
+
+
+def test_the_page_has_commands():
+    assert len(DOCUMENTED) == 4

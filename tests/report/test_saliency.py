@@ -133,6 +133,31 @@ def test_a_video_shorter_than_a_clip_ends_with_its_last_frame(model, videos):
     assert Tiling(grid=model.grid, stride=3, num_frames=6, height=48, width=48).shape == (1, 4, 4)
 
 
+def test_no_more_frames_are_decoded_than_the_next_window_needs(model):
+    decoded = 0
+
+    class Endless:
+        def in_order(self, short_side):
+            nonlocal decoded
+            while True:
+                decoded += 1
+                yield np.zeros((48, 90, 3), dtype=np.uint8)
+
+    tiling = Tiling(grid=model.grid, stride=3, num_frames=10**6, height=48, width=90)
+    windows = tiling.clips(Endless())
+    for first in range(5):
+        start, frames = next(windows)
+        assert (start, tuple(frames.shape)) == (first, (3, 4, 32, 64))
+        assert decoded == 3 * (2 * first + 3) + 1  # up to the last of its four frames
+
+
+def test_a_sampler_that_diverged_is_an_error(videos):
+    model = AdaMAE(CONFIG.model, CONFIG.mask)
+    torch.nn.init.constant_(model.sampler.head.bias, float("nan"))
+    with pytest.raises(ValueError, match=r"clip\.mp4: the sampler's logits are not finite"):
+        measure(model, videos["clip"])
+
+
 @pytest.mark.parametrize("window", [1, 2, 7, 8])
 def test_windows_cover_everything_and_stay_inside(window):
     for length in range(window, 40):
