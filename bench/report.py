@@ -357,10 +357,11 @@ def transfer_section(result: Result) -> list[str]:
     lines = [f"### {result['conditions']['device']}", "", caption(result), ""]
     videos, pretraining = result["videos"], result["pretraining"]
     lines += [
-        f"{result['model']}; {videos['train']} rendered videos for training, {videos['val']} of other looks for "
-        f"validation, chance {result['chance']:.1%}. Every fine-tuning: {result['steps']} steps of {result['batch']} "
-        f"clips. Pre-training: demo {pretraining['demo']} steps on other videos; pretrained, "
-        f"{pretraining['pretrained']} by the same recipe on those for training, without labels "
+        f"{result['model']}; {', '.join(result['classes'])}: {videos['train']} rendered videos for training, "
+        f"{videos['val']} of other looks for validation, chance {result['chance']:.1%}. Every fine-tuning: "
+        f"{result['steps']} steps of {result['batch']} clips. Pre-training: demo {pretraining['demo']} steps on other "
+        "videos; pretrained, "
+        f"{pretraining['pretrained']} by the same recipe on training videos of all fourteen classes, without labels "
         f"({pretraining['seconds']:.0f} s).",
         "",
     ]
