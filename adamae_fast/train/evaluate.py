@@ -179,8 +179,8 @@ def print_results(results: dict[str, object], output_dir: Path, console: Console
     for video in unreadable:
         console.print(f"unreadable: {video['path']}: {video['reason']}", soft_wrap=True, highlight=False, markup=False)
     if results["num_readable"]:
-        accuracies = f"top-1 {results['top1']:.2%}, top-{TOP} {results[f'top{TOP}']:.2%} of {results['num_readable']} videos"
-        console.print(f"{'accuracy':<22}{accuracies}", highlight=False)
+        accuracies = f"top-1 {results['top1']:.2%}, top-{TOP} {results[f'top{TOP}']:.2%}"
+        console.print(f"{'accuracy':<22}{accuracies} of {results['num_readable']} videos", highlight=False)
     for name in ("confusion_matrix.png", "results.json"):
         console.print(f"{name:<22}{output_dir / name}", soft_wrap=True, highlight=False)
     lists = ("classes", "confusion_matrix", "unreadable", "predictions")
