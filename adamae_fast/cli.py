@@ -21,7 +21,7 @@ from adamae_fast.config import PretrainConfig, add_fields, add_run_arguments, bu
 from adamae_fast.config_features import ExtractConfig, ProbeConfig, RetrieveConfig
 from adamae_fast.config_finetune import EvaluateConfig, FinetuneConfig
 from adamae_fast.errors import RunStoppedError, ToldByFirstError
-from adamae_fast.parser_errors import in_plain_words
+from adamae_fast.parser_errors import in_plain_words, similar_option
 from adamae_fast.version import __version__
 
 _ANY_CHECKPOINT = """A run or checkpoint of ours, of pre-training or a classifier (of a run of finetune its best one), a
@@ -321,7 +321,8 @@ def _run(name: str, arguments: list[str]) -> int:
     except (ArgumentError, ValueError, OSError, RunStoppedError) as error:
         if os.environ.get("ADAMAE_DEBUG"):
             raise
-        message = f"adamae-fast {name}: {in_plain_words(error)}"
+        hint = similar_option(error, parser._option_string_actions)
+        message = f"adamae-fast {name}: {in_plain_words(error)}{hint}"
         Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
 
@@ -345,6 +346,7 @@ def _usage(words: list[str]) -> int:
     width = max(map(len, COMMANDS))
     for name, command in COMMANDS.items():
         console.print(f"  {name:<{width}}  {command.summary}", highlight=False)
+    console.print("\nIn names of options - and _ are the same: --output-dir is --output_dir.", highlight=False)
     return 0 if wants_help else 2
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import re
+from collections.abc import Iterable
 
 _KINDS = {
     "int": "a whole number",
@@ -25,6 +27,9 @@ def in_plain_words(error: Exception) -> str:
 
     The text is jsonargparse's: if a later version words it otherwise, users see that.
     """
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        remedy = "; choose another name" if isinstance(error, FileExistsError) else ""
+        return f"{error.filename}: {error.strerror.lower()}{remedy}"
     text = str(error)
     found = _KEY.search(text)
     if found is None:
@@ -32,10 +37,19 @@ def in_plain_words(error: Exception) -> str:
     before, key, rest = text[: found.start()], found["key"], found["rest"]
     if group := re.match(r"Unable to load config ['\"](.*?)['\"]", rest):
         return f"{before}{key}={group[1]}: this is a group of keys; set one of them, as in --{key}.KEY VALUE"
+    if missing := re.match(r"File does not exist: ['\"](.*?)['\"]", rest):
+        return f"{before}{key}={missing[1]}: there is no such file"
     value, kinds = _VALUE.search(rest), [_plain_kind(kind) for kind in _EXPECTED.findall(rest)]
     if value is None or not kinds:
         return text
     return f"{before}{key}={value['value'].strip()}: choose {', or '.join(dict.fromkeys(kinds))}"
+
+
+def similar_option(error: Exception, options: Iterable[str]) -> str:
+    """``; did you mean --data.manifest?`` for an error about ``--manifest``; empty where nothing is similar."""
+    unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", str(error))
+    similar = difflib.get_close_matches(unknown[1], options, n=1) if unknown else []
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 def _plain_kind(kind: str) -> str:

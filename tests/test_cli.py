@@ -50,9 +50,10 @@ def test_unknown_command_is_an_error(capsys):
     ("arguments", "words"),
     [
         (["--mask.ratio", "2"], "mask.ratio=2.0"),
-        (["--mask.ratoi", "0.9"], "mask.ratoi"),
+        (["--mask.ratoi", "0.9"], "unrecognized arguments: --mask.ratoi 0.9; did you mean --mask.ratio?"),
+        (["--manifest", "videos.txt"], "did you mean --data.manifest?"),
         (["--data.manifest", "nowhere.txt"], "nowhere.txt"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["--train.device", "tpu"], "train.device='tpu'"),
         (["--mask.strategy", "foo"], "pretrain: mask.strategy=foo: choose adaptive, random, tube or frame"),
         (["--optim.betas", "[1,2,3]"], "optim.betas=[1, 2, 3]: choose a list of 2 values"),

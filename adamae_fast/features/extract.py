@@ -103,6 +103,7 @@ class Source:
         """What the user is told first."""
         data, views, size = self.config.data, self.config.views, self.config.model
         device = next(self.model.parameters()).device
+        shared = f", {world_size} processes" if world_size > 1 else ""
         frames = "a frame of each part" if data.sampling == "segments" else f"stride {data.stride}"
         return [
             ("checkpoint", f"{self.checkpoint}, {size.size}"),
@@ -112,7 +113,7 @@ class Source:
                 f"{size.num_frames} frames of {size.frame_size} × {size.frame_size}, {data.sampling} ({frames}), "
                 f"{views.temporal} × {views.spatial} views",
             ),
-            ("device", f"{describe_device(device)}, {self.config.train.precision}, {world_size} processes"),
+            ("device", f"{describe_device(device)}, {self.config.train.precision}{shared}"),
         ]
 
 
@@ -170,7 +171,10 @@ def extract_features(
     store.check()  # on every process, so that all refuse alike
     with world.held_by_first(RunFolder(store.folder).lock()):
         world.on_first(store.begin)
-        mine = world.on_first(store.missing)[world.rank :: world.size]
+        missing = world.on_first(store.missing)
+        if world.is_first and len(missing) < store.num_shards:
+            log.info("%s: %d of %d shards are there", store.folder, store.num_shards - len(missing), store.num_shards)
+        mine = missing[world.rank :: world.size]
         if not all(world.gather(_write_shards(store, mine, source, options, world.is_first, console, stop))):
             return None
         return world.on_first(store.finish)

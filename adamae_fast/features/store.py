@@ -95,8 +95,14 @@ class FeatureStore:
     def check(self) -> None:
         """Raise FeaturesError unless the folder is empty or was begun with these settings."""
         if not (self.folder / INDEX_NAME).exists():
-            if self.folder.is_dir() and any(self.folder.glob("shard-*")):
-                raise FeaturesError(f"{self.folder}: holds shards, but no {INDEX_NAME}; choose another folder")
+            if self.folder.exists() and not self.folder.is_dir():
+                raise FeaturesError(f"output_dir={str(self.folder)!r}: is a file; name a folder for the features")
+            # Hidden files are the lock, and an index that is being written.
+            if self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
+                raise FeaturesError(
+                    f"output_dir={str(self.folder)!r}: already holds something, but no {INDEX_NAME}; "
+                    "choose another folder"
+                )
             return
         header = _read_header(self.folder)
         old = header["settings"]

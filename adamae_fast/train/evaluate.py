@@ -63,11 +63,12 @@ def evaluate(checkpoint: str, options: EvaluateConfig, console: Console) -> dict
     labels, _ = read_labels(entries, manifest, model.num_classes)
     with joined(options.device, "device", DistributedConfig().timeout) as (world, device):
         views = config.views
+        shared = f", {world.size} processes" if world.size > 1 else ""
         facts = [
             ("checkpoint", str(folder)),
             ("videos", f"{manifest}, {len(entries)} videos"),
             ("views", f"{views.temporal} × {views.spatial} views, mean of their {options.merge}"),
-            ("device", f"{describe_device(device)}, {config.train.precision}, {world.size} processes"),
+            ("device", f"{describe_device(device)}, {config.train.precision}{shared}"),
         ]
         if world.is_first:
             print_facts(facts, console)
@@ -169,7 +170,7 @@ def write_results(results: dict[str, object], output_dir: Path) -> None:
 
 
 def print_results(results: dict[str, object], output_dir: Path, console: Console) -> None:
-    """Print the classes, what is unreadable, where the files are, and all but the long lists as one line of JSON."""
+    """Print the classes, what is unreadable, accuracies, files, and all but the long lists as one line of JSON."""
     classes, unreadable = results["classes"], results["unreadable"]
     assert isinstance(classes, list)
     assert isinstance(unreadable, list)
@@ -177,6 +178,9 @@ def print_results(results: dict[str, object], output_dir: Path, console: Console
         console.print(class_table(classes))
     for video in unreadable:
         console.print(f"unreadable: {video['path']}: {video['reason']}", soft_wrap=True, highlight=False, markup=False)
+    if results["num_readable"]:
+        accuracies = f"top-1 {results['top1']:.2%}, top-{TOP} {results[f'top{TOP}']:.2%}"
+        console.print(f"{'accuracy':<22}{accuracies} of {results['num_readable']} videos", highlight=False)
     for name in ("confusion_matrix.png", "results.json"):
         console.print(f"{name:<22}{output_dir / name}", soft_wrap=True, highlight=False)
     lists = ("classes", "confusion_matrix", "unreadable", "predictions")

@@ -304,6 +304,12 @@ def test_what_a_user_may_get_wrong(featured, tmp_path):
     refused("encoder width 100, encoder depth 4.* is none of the known sizes", tmp_path / "odd.pth")
     with pytest.raises(ValueError, match="output_dir is required"):
         extract(str(featured.pretrained), ExtractConfig(), Console(quiet=True))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "config.yaml").write_text("model: nano")  # such as a run's folder
+    for path, words in ((tmp_path / "notes", "already holds something"), (tmp_path / "ours.pth", "is a file")):
+        with pytest.raises(FeaturesError, match=f"{words}.* folder"):
+            run(featured.pretrained, featured, path)
+    assert [path.name for path in (tmp_path / "notes").iterdir() if not path.name.startswith(".")] == ["config.yaml"]
 
 
 def test_too_many_unreadable_videos_are_an_error_that_keeps_the_others(featured, tmp_path):
