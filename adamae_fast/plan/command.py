@@ -19,6 +19,9 @@ from adamae_fast.plan.planner import Figure, Plan, make_plan
 if TYPE_CHECKING:  # it loads what plans alone do not need
     from adamae_fast.plan.dry_run import DryRun
 
+WIDE = 120
+"""Columns that the whole table takes."""
+
 
 def add_plan_arguments(parser: ArgumentParser) -> None:
     """Every option of the plan, and every key of a recipe."""
@@ -77,9 +80,11 @@ def _digits(value: float) -> str:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """What a person reads."""
-    console.width = max(console.width, 120)
-    table = Table("", "", "basis", Column("how", overflow="fold"), title=escape(plan.title))
+    """What a person reads; in a narrow window without the last column."""
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)
+    is_wide = console.width >= WIDE
+    table = Table("", "", "basis", *([Column("how", overflow="fold")] if is_wide else []), title=escape(plan.title))
     group = ""
     for figure in plan.figures.values():
         if figure.group != group:
@@ -88,8 +93,10 @@ def print_plan(plan: Plan, console: Console) -> None:
             table.add_row(f"[bold]{group}")
         colour = {"measured": "green", "exact": "default", "modelled": "yellow"}[figure.basis]
         basis = f"[{colour}]{figure.basis}"
-        table.add_row(f"  {figure.name}", shown(figure), basis, escape(figure.how))
+        table.add_row(f"  {figure.name}", shown(figure), basis, *([escape(figure.how)] if is_wide else []))
     console.print(table)
+    if not is_wide:
+        console.print(f"What each figure rests on: --json, or a window of {WIDE} columns.")
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
