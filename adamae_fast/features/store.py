@@ -289,7 +289,7 @@ def _read_shard(path: Path, expected: range) -> _ShardIndex:
     """Everything but the features. ``expected``: places in the manifest of the videos that it should have."""
     with _damage_told(path):
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:  # numpy would leave it open
                 ids, labels, videos = arrays["ids"].tolist(), arrays["labels"].tolist(), str(arrays["videos"])
         else:
             with safe_open(path, framework="pt") as file:
@@ -305,7 +305,7 @@ def _read_shard(path: Path, expected: range) -> _ShardIndex:
 def _read_rows(path: Path, rows: Sequence[int]) -> Tensor:
     with _damage_told(path):
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
                 return torch.from_numpy(arrays["features"])[list(rows)].float()
         with safe_open(path, framework="pt") as file:
             stored = file.get_slice("features")
