@@ -18,8 +18,14 @@ def read_tensors_file(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Save tensors with the permissions that a new file has here; safetensors itself would keep others from reading."""
+    """Save tensors with the permissions that a new file has here; safetensors itself would keep others from reading.
+
+    Raises OSError, as any other writing does, if the file cannot be written.
+    """
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata=metadata)
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
     path.chmod(mode)

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 
 
-def run_together(arguments: Sequence[str], world_size: int = 2) -> list[str]:
-    """Run ``python -m adamae_fast`` in ``world_size`` processes and return what each of them printed."""
+def run_together(arguments: Sequence[str], statuses: Sequence[int] = (0, 0)) -> list[str]:
+    """Run ``python -m adamae_fast`` in as many processes, which end with ``statuses``; return what each printed."""
+    world_size = len(statuses)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -26,5 +27,5 @@ def run_together(arguments: Sequence[str], world_size: int = 2) -> list[str]:
         for rank in range(world_size)
     ]
     outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0] * world_size, outputs
+    assert [process.returncode for process in processes] == list(statuses), outputs
     return [printed for printed, _ in outputs]

@@ -27,6 +27,9 @@ from adamae_fast.data.views import plan_labelled, plan_views
 
 log = logging.getLogger(__name__)
 
+MOST_CLASSES = 1_000_000
+"""A label as large as that is rather the number of something else."""
+
 
 class LabelledBatch(NamedTuple):
     """What one forward pass of fine-tuning sees."""
@@ -77,7 +80,8 @@ def read_labels(entries: Sequence[Entry], manifest: str, num_classes: int | None
         num_classes: classes of a trained model; None where the manifest decides.
 
     Raises:
-        ManifestError: a video without a label, or with one that is not among ``num_classes``; the text names it.
+        ManifestError: a video without a label, or with one that is not among ``num_classes``, or where the manifest
+            decides, not below :data:`MOST_CLASSES`; the text names it.
     """
     labels: list[int] = []
     for entry in entries:
@@ -90,6 +94,11 @@ def read_labels(entries: Sequence[Entry], manifest: str, num_classes: int | None
             raise ManifestError(
                 f"{manifest}: {entry.path} has label {entry.label}, but there are {num_classes} classes, 0 to "
                 f"{num_classes - 1}; correct the label, or name the manifest that these classes were trained with"
+            )
+        if num_classes is None and entry.label >= MOST_CLASSES:
+            raise ManifestError(
+                f"{manifest}: {entry.path} has label {entry.label}, but labels below {MOST_CLASSES:,} are expected, "
+                "since the largest one decides how many classes there are; number the classes from 0 on"
             )
         labels.append(entry.label)
     total = max(labels) + 1 if num_classes is None else num_classes

@@ -27,6 +27,12 @@ from adamae_fast.errors import RunStoppedError, ToldByFirstError, require
 
 T = TypeVar("T")
 
+MEETING = 300.0
+"""Seconds in which the processes of a command without distributed.timeout have to start."""
+
+PATIENCE = 24 * 3600.0
+"""Seconds that one of them waits for the others once they have met: it may be done with its videos long before."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
@@ -98,16 +104,16 @@ class World:
 
 
 @contextmanager
-def joined(device: str, key: str, timeout: float) -> Iterator[tuple[World, torch.device]]:
+def joined(device: str, key: str, timeout: float | None = None) -> Iterator[tuple[World, torch.device]]:
     """Join the processes that torchrun started, and say where this one computes; without torchrun it is the only one.
 
     Words travel over gloo, tensors of a CUDA device over NCCL. A process that waits for another one for longer than
-    ``timeout`` seconds gives up.
+    ``timeout`` seconds gives up; without it for longer than :data:`MEETING` at the start, and :data:`PATIENCE` later.
 
     Args:
         device: what the configuration names.
         key: its name there, for messages.
-        timeout: in seconds.
+        timeout: distributed.timeout, in seconds; None for commands that only share a list of videos.
 
     Raises:
         ValueError: a device that is not there, or the same one for several processes.
@@ -120,11 +126,12 @@ def joined(device: str, key: str, timeout: float) -> Iterator[tuple[World, torch
     if world.size == 1:
         yield World(), own
         return
+    meeting, patience = (MEETING, PATIENCE) if timeout is None else (timeout, timeout)
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout),
-            store=fresh_store(world, timeout),
+            timeout=timedelta(seconds=patience),
+            store=fresh_store(world, meeting),
             rank=world.rank,
             world_size=world.size,
         )
@@ -132,11 +139,15 @@ def joined(device: str, key: str, timeout: float) -> Iterator[tuple[World, torch
     except RuntimeError as error:
         if not _is_loss_of_contact(error):
             raise
-        raise RunStoppedError(
-            f"rank {world.rank}: another process of this run has ended, or could not be reached for {timeout:g} s "
-            "(distributed.timeout). Nothing of the step under way counts; torchrun --max-restarts, or the same command "
-            f"again, goes on from the last checkpoint ({str(error).splitlines()[0]})"
-        ) from error
+        what = f"rank {world.rank}: another process of this run has ended, or could not be reached"
+        if timeout is None:
+            what += "; what is written stands, and the same command does the rest"
+        else:
+            what += (
+                f" for {timeout:g} s (distributed.timeout). Nothing of the step under way counts; torchrun "
+                "--max-restarts, or the same command again, goes on from the last checkpoint"
+            )
+        raise RunStoppedError(f"{what} ({str(error).splitlines()[0]})") from error
     # DDP's reducer, where it outlives the group that it uses, ends the group's threads while these wait for it.
     gc.collect()
     dist.destroy_process_group()

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from adamae_fast.config_distributed import DistributedConfig
 from adamae_fast.config_features import ExtractConfig, ProbeConfig, ProbeKind, Tokens
 from adamae_fast.data.labelled import read_labels
 from adamae_fast.distributed.world import joined
@@ -57,7 +56,7 @@ def probe(checkpoint: str, options: ProbeConfig, console: Console) -> dict[str, 
     _require_enough(options, len(source.entries), "videos")
     output_dir, tokens = Path(options.output_dir), TOKENS[options.probe]
     folders = {name: output_dir / "features" / f"{name}_{tokens}" for name in ("train", "val")}
-    with joined(options.device, "device", DistributedConfig().timeout) as (world, device), stop_signals() as stop:
+    with joined(options.device, "device") as (world, device), stop_signals() as stop:
         source.model.to(device)
         if world.is_first:
             facts = [("validation", f"{options.val.manifest}, {len(val.entries)} videos")]
@@ -67,6 +66,8 @@ def probe(checkpoint: str, options: ProbeConfig, console: Console) -> dict[str, 
         for name, part in (("train", source), ("val", val)):
             told = ExtractConfig(output_dir=str(folders[name]), tokens=tokens)
             indices.append(extract_features(part, told, world, console, stop))
+            if indices[-1] is None:
+                break  # on all processes: a signal to one of them does not let the others begin with the next set
         if not world.is_first:
             return None
         scored = None

@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from adamae_fast.config_distributed import DistributedConfig
 from adamae_fast.config_features import ExtractConfig, FeatureViewsConfig, RetrieveConfig
 from adamae_fast.config_finetune import ViewsConfig
 from adamae_fast.data.labelled import view_batches
@@ -36,7 +35,7 @@ from adamae_fast.features.extract import (
 )
 from adamae_fast.features.neighbours import nearest
 from adamae_fast.features.store import FeatureFolder, is_feature_folder
-from adamae_fast.report.neighbours import Strip, draw_neighbours
+from adamae_fast.report.neighbours import Strip, draw_neighbours, strip_frames
 from adamae_fast.train.predict import require_finite, show_views
 from adamae_fast.train.signals import stop_signals
 from adamae_fast.train.summary import print_facts
@@ -64,7 +63,7 @@ def retrieve(target: str, queries: Sequence[str], options: RetrieveConfig, conso
     num_videos = len(source.entries)
     if options.k > num_videos:
         raise ValueError(f"k={options.k}: there are only {num_videos} videos to choose from; choose at most so many")
-    with joined(options.device, "device", DistributedConfig().timeout) as (world, device), stop_signals() as stop:
+    with joined(options.device, "device") as (world, device), stop_signals() as stop:
         source.model.to(device)
         if world.is_first:
             print_facts([*source.describe(world.size), ("features", told.output_dir)], console)
@@ -165,16 +164,17 @@ def _query_features(source: Source, asked: Sequence[Entry]) -> tuple[Tensor, lis
 
 
 def _read_frames(entries: Sequence[Entry], source: Source) -> list[np.ndarray | None]:
-    """The centre clip of each video, uint8 (T, S, S, 3); None for one that cannot be read."""
+    """Of the centre clip of each video what a strip shows, uint8 (T, S, S, 3); None for one that cannot be read."""
     frames: list[np.ndarray | None] = [None] * len(entries)
     size = source.config.model
+    shown = strip_frames(size.num_frames)
     batches = view_batches(
         entries, source.config.data, CENTRE, num_frames=size.num_frames, frame_size=size.frame_size, batch_size=8
     )
     with closing(batches):
         for batch in batches:
             for i, video_CTHW in zip(batch.ids.tolist(), batch.video, strict=True):
-                frames[i] = video_CTHW.permute(1, 2, 3, 0).numpy()
+                frames[i] = video_CTHW[:, shown].permute(1, 2, 3, 0).numpy()
     return frames
 
 

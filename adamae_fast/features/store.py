@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo
+from adamae_fast.errors import RunStoppedError
 from adamae_fast.tensor_file import write_tensors_file
 
 INDEX_NAME = "features.json"
@@ -36,6 +39,9 @@ FORMAT = "adamae-fast features"
 VERSION = 1
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 UNLABELLED = -1
+
+_INDEXED = {"settings", "command", "shape", "num_videos", "complete"}
+"""Keys of the index that reading needs."""
 
 _SUMMED_UP = {"weights_sha256": "checkpoint", "entries_sha256": "data.manifest"}
 """Settings that are checksums, and the option whose content each sums up."""
@@ -131,7 +137,7 @@ class FeatureStore:
         return range(shard * size, min(self.num_videos, (shard + 1) * size))
 
     def write(self, shard: int, content: ShardContent, entries: Sequence[Entry]) -> None:
-        """Write a shard, whole or not at all."""
+        """Write a shard, whole or not at all. Raises RunStoppedError where that cannot be done."""
         expected = self.range_of(shard)
         bad_ids = sorted(set(expected) - set(content.ids))
         assert len(content.ids) + len(bad_ids) == len(expected)
@@ -151,27 +157,34 @@ class FeatureStore:
         }
         path = self._shard(shard)
         draft = path.with_name(f".{path.name}.tmp")
-        if self._settings["format"] == "safetensors":
-            write_tensors_file(arrays, draft, {"videos": json.dumps(videos)})
-        else:
-            with draft.open("wb") as file:
-                numbers = {name: tensor.numpy() for name, tensor in arrays.items()}
-                np.savez(file, **numbers, videos=np.array(json.dumps(videos)))  # type: ignore[arg-type]
-        draft.replace(path)
+        try:
+            if self._settings["format"] == "safetensors":
+                write_tensors_file(arrays, draft, {"videos": json.dumps(videos)})
+            else:
+                with draft.open("wb") as file:
+                    numbers = {name: tensor.numpy() for name, tensor in arrays.items()}
+                    np.savez(file, **numbers, videos=np.array(json.dumps(videos)))  # type: ignore[arg-type]
+            draft.replace(path)
+        except OSError as error:
+            raise RunStoppedError(
+                f"{path} cannot be written ({error}); the other shards stand: see to the cause, such as a full disk, "
+                "and the same command goes on"
+            ) from error
+        finally:
+            draft.unlink(missing_ok=True)
 
     def finish(self) -> dict[str, Any]:
         """Write into the index that all is there, and what is unreadable; return the index."""
         assert not self.missing()
-        header = _read_header(self.folder)
-        if not header["complete"]:
-            shards = [_read_shard(self._shard(number)) for number in range(self.num_shards)]
-            unreadable = [video for shard in shards for video in shard.unreadable]
-            header |= {
-                "complete": True,
-                "num_readable": sum(len(shard.ids) for shard in shards),
-                "num_labelled": sum(label != UNLABELLED for shard in shards for label in shard.labels),
-                "unreadable": unreadable,
-            }
+        before = _read_header(self.folder)
+        shards = [_read_shard(self._shard(number), self.range_of(number)) for number in range(self.num_shards)]
+        header = before | {
+            "complete": True,
+            "num_readable": sum(len(shard.ids) for shard in shards),
+            "num_labelled": sum(label != UNLABELLED for shard in shards for label in shard.labels),
+            "unreadable": [video for shard in shards for video in shard.unreadable],
+        }
+        if header != before:  # a lost shard that was made again may hold other videos than the first one
             self._write_index(header)
         return header
 
@@ -210,7 +223,8 @@ class FeatureFolder:
                 f"{self.path}: not finished: {there} of {len(self._shards)} shards are there; {remedy}: "
                 f"{self.header['command']} {shlex.quote(f'--output_dir={self.path}')}"
             )
-        shards = [_read_shard(path) for path in self._shards]
+        places = [range(i, min(num_videos, i + size)) for i in range(0, num_videos, size)]
+        shards = [_read_shard(path, expected) for path, expected in zip(self._shards, places, strict=True)]
         self.ids = [i for shard in shards for i in shard.ids]
         """Places in the manifest of the videos that could be read, ascending: one for each row."""
         self.paths = [path for shard in shards for path in shard.paths]
@@ -233,7 +247,13 @@ class FeatureFolder:
             by_shard.setdefault(number, []).append((place, row_in_shard))
         for number, pairs in by_shard.items():
             places, rows_in_shard = zip(*pairs, strict=True)
-            features_VX[list(places)] = _read_rows(self._shards[number], rows_in_shard)
+            found_VX = _read_rows(self._shards[number], rows_in_shard)
+            if found_VX.shape[1:] != self.shape:
+                raise FeaturesError(
+                    f"{self._shards[number]}: features of shape {tuple(found_VX.shape[1:])}, not {self.shape} as the "
+                    "index says: it is of another extraction; bring the right one back, or remove it and extract again"
+                )
+            features_VX[list(places)] = found_VX
         return features_VX
 
 
@@ -254,38 +274,50 @@ def _read_header(folder: Path) -> dict[str, Any]:
         header = json.loads(index.read_text())
     except ValueError as error:
         raise FeaturesError(f"{index}: not JSON ({error}); extract the features again, into another folder") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
+    is_index = isinstance(header, dict) and header.keys() >= _INDEXED
+    if not is_index or header.get("format") != FORMAT or header.get("version") != VERSION:
         raise FeaturesError(
             f"{index}: not the index of features of version {VERSION}; extract them again, into another folder"
         )
     return header
 
 
-def _read_shard(path: Path) -> _ShardIndex:
-    """Everything but the features."""
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Around the reading of a shard: what is wrong with it becomes a FeaturesError that names it."""
     try:
+        yield
+    except (SafetensorError, zipfile.BadZipFile, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        raise FeaturesError(f"{path}: damaged ({error}); remove it, and extract again: only it will be made") from error
+
+
+def _read_shard(path: Path, expected: range) -> _ShardIndex:
+    """Everything but the features. ``expected``: places in the manifest of the videos that it should have."""
+    with _damage_told(path):
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:  # numpy would leave it open
                 ids, labels, videos = arrays["ids"].tolist(), arrays["labels"].tolist(), str(arrays["videos"])
         else:
             with safe_open(path, framework="pt") as file:
                 ids, labels = (file.get_tensor(name).tolist() for name in ("ids", "labels"))
                 videos = file.metadata()["videos"]
         named = json.loads(videos)
-        return _ShardIndex(ids, labels, named["paths"], named["unreadable"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise FeaturesError(f"{path}: damaged ({error}); remove it, and extract again: only it will be made") from error
+        index = _ShardIndex(ids, labels, named["paths"], named["unreadable"])
+        if sorted([*ids, *(video["id"] for video in index.unreadable)]) != list(expected):
+            raise ValueError(f"it should have videos {expected.start} to {expected.stop - 1} of the manifest")
+        return index
 
 
 def _read_rows(path: Path, rows: Sequence[int]) -> Tensor:
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            return torch.from_numpy(arrays["features"])[list(rows)].float()
-    with safe_open(path, framework="pt") as file:
-        stored = file.get_slice("features")
-        if len(rows) == stored.get_shape()[0]:  # the whole shard in one piece
-            return stored[:][list(rows)].float()
-        return torch.cat([stored[row : row + 1] for row in rows]).float()
+    with _damage_told(path):
+        if path.suffix == ".npz":
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
+                return torch.from_numpy(arrays["features"])[list(rows)].float()
+        with safe_open(path, framework="pt") as file:
+            stored = file.get_slice("features")
+            if len(rows) == stored.get_shape()[0]:  # the whole shard in one piece
+                return stored[:][list(rows)].float()
+            return torch.cat([stored[row : row + 1] for row in rows]).float()
 
 
 def _shown(header: Mapping[str, Any], key: str) -> str:

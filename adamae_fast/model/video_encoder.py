@@ -84,7 +84,7 @@ class VideoEncoder(nn.Module):
         self.register_buffer("positions_ND", sinusoid_table(self.grid.num_tokens, size.width), persistent=False)
 
     def take_weights(self, tensors: Mapping[str, Tensor], source: str) -> LoadedKeys:
-        """Take tokenizer and blocks from ``tensors``, under this model's names; fc_norm, and a head of this shape, too.
+        """Take tokenizer and blocks from ``tensors``, under this model's names; fc_norm and a head of this shape, too.
 
         Raises ValueError that names key, value and remedy for an encoder of another size or with other tubelets, and
         lists what is missing or mis-shaped. Then nothing has changed.
@@ -92,7 +92,9 @@ class VideoEncoder(nn.Module):
         self._check_sizes(tensors, source)
         own = self.state_dict()
         head = tensors.get("head.weight")
-        takes_head = head is not None and "head.weight" in own and head.shape == own["head.weight"].shape
+        # Without fc_norm it is the head of another kind of classifier: on the first token, say, in place of the mean.
+        is_behind_norm = "fc_norm.weight" in tensors and "head.weight" in own
+        takes_head = head is not None and is_behind_norm and head.shape == own["head.weight"].shape
         used = [name for name in own if name in tensors and (takes_head or not name.startswith("head."))]
         missing = [name for name in own if name not in used]
         faults = [f"missing: {name} {tuple(own[name].shape)}" for name in missing if not name.startswith(_FRESH)]

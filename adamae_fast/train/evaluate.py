@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from adamae_fast.config import ModelConfig, load_config, load_run_config
-from adamae_fast.config_distributed import DistributedConfig
 from adamae_fast.config_finetune import EvaluateConfig, FinetuneConfig, LabelledDataConfig, Merge
 from adamae_fast.data.labelled import read_labels
 from adamae_fast.data.manifest import Entry, read_manifest
@@ -61,7 +60,7 @@ def evaluate(checkpoint: str, options: EvaluateConfig, console: Console) -> dict
         raise ValueError("data.manifest is required: name an annotation file with labels")
     entries = read_manifest(manifest, config.data.root)
     labels, _ = read_labels(entries, manifest, model.num_classes)
-    with joined(options.device, "device", DistributedConfig().timeout) as (world, device):
+    with joined(options.device, "device") as (world, device):
         views = config.views
         shared = f", {world.size} processes" if world.size > 1 else ""
         facts = [
@@ -88,19 +87,20 @@ def evaluate(checkpoint: str, options: EvaluateConfig, console: Console) -> dict
             )
         assert mine is not None  # nothing stops it
         found = gather_predictions(mine, len(entries), world)
-    if world.is_first:
-        output_dir = Path(options.output_dir or _default_output(folder))
-        results = {
-            "checkpoint": str(folder),
-            "manifest": manifest,
-            "views": {"temporal": views.temporal, "spatial": views.spatial},
-            "merge": options.merge,
-            **describe_results(found, entries, labels, options.merge),
-        }
-        write_results(results, output_dir)
-        print_results(results, output_dir, console)
+    if not world.is_first:
+        return None  # with too many bad videos, too: where one fails, torchrun ends the first, which has yet to write
+    output_dir = Path(options.output_dir or _default_output(folder))
+    results = {
+        "checkpoint": str(folder),
+        "manifest": manifest,
+        "views": {"temporal": views.temporal, "spatial": views.spatial},
+        "merge": options.merge,
+        **describe_results(found, entries, labels, options.merge),
+    }
+    write_results(results, output_dir)
+    print_results(results, output_dir, console)
     refuse_too_many(found.bad, len(entries), config.data.max_bad_share)
-    return results if world.is_first else None
+    return results
 
 
 def describe_results(
@@ -182,7 +182,7 @@ def print_results(results: dict[str, object], output_dir: Path, console: Console
         accuracies = f"top-1 {results['top1']:.2%}, top-{TOP} {results[f'top{TOP}']:.2%}"
         console.print(f"{'accuracy':<22}{accuracies} of {results['num_readable']} videos", highlight=False)
     for name in ("confusion_matrix.png", "results.json"):
-        console.print(f"{name:<22}{output_dir / name}", soft_wrap=True, highlight=False)
+        console.print(f"{name:<22}{output_dir / name}", soft_wrap=True, highlight=False, markup=False)
     lists = ("classes", "confusion_matrix", "unreadable", "predictions")
     console.out(json.dumps({name: value for name, value in results.items() if name not in lists}), highlight=False)
 

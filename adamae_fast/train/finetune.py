@@ -98,7 +98,7 @@ def _finetune(config: FinetuneConfig, world: World, device: torch.device, consol
             return step == schedule.total_steps and is_validated(run, step)
 
         if world.on_first(is_finished):
-            console.print(f"{run.path}: already finished at step {first_step}")
+            console.print(f"{run.path}: already finished at step {first_step}", markup=False)
         else:
             if world.is_first:
                 run.summary.unlink(missing_ok=True)  # of the part of the run before this one

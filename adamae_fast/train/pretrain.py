@@ -87,7 +87,8 @@ def _pretrain(config: PretrainConfig, world: World, device: torch.device, consol
         first_step = resume_run(config, run, stepper, schedule, len(entries), KEYS, begin, world)
         step = first_step
         if first_step == schedule.total_steps:
-            console.print(f"{run.path}: already finished at step {first_step}; only its report is drawn again")
+            done = f"{run.path}: already finished at step {first_step}; only its report is drawn again"
+            console.print(done, markup=False)
         else:
             if world.is_first:
                 run.summary.unlink(missing_ok=True)  # of the part of the run before this one

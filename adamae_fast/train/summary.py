@@ -100,7 +100,7 @@ def summarize(run: RunFolder, step: int, total_steps: int, stopped_by: str | Non
 def print_facts(facts: Iterable[tuple[str, str]], console: Console) -> None:
     """Print a line for each name and fact."""
     for name, fact in facts:
-        console.print(f"{name:<14}{fact}", soft_wrap=True, highlight=False)
+        console.print(f"{name:<14}{fact}", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_stopped(config: RunConfig, step: int, stopped_by: str, console: Console) -> None:

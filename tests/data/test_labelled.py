@@ -166,6 +166,9 @@ def test_labels_of_a_manifest(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         manifest.write_text(f"a.mp4 0\n{line}\n")
         with pytest.raises(ManifestError, match=r"train\.csv: .*d\.mp4 has no label"):
             read_labels(read_manifest(str(manifest)), str(manifest))
+    manifest.write_text("a.mp4 0\nb.mp4 100000000000000000\n")
+    with pytest.raises(ManifestError, match=r"b\.mp4 has label 100000000000000000, but labels below 1,000,000"):
+        read_labels(read_manifest(str(manifest)), str(manifest))
 
 
 @pytest.mark.parametrize("sampling", ["dense", "segments"])

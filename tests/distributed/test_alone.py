@@ -11,7 +11,9 @@ from rich.console import Console
 from adamae_fast.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig, TrainConfig
 from adamae_fast.config_distributed import DistributedConfig, check_world, distributed_without_effect
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError
-from adamae_fast.distributed.world import World, joined
+from adamae_fast.distributed import world as world_module
+from adamae_fast.distributed.world import MEETING, PATIENCE, World, joined
+from adamae_fast.errors import RunStoppedError
 from adamae_fast.train.finite import FiniteGuard, NonFiniteError
 from adamae_fast.train.metrics import ProgressLine, over_processes
 from adamae_fast.train.words import Word, tell_all
@@ -45,6 +47,21 @@ def test_what_cannot_work_together_is_refused(groups, words):
 def test_a_timeout_is_positive():
     with pytest.raises(ValueError, match=r"distributed\.timeout=0: choose a positive"):
         DistributedConfig(timeout=0)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, (MEETING, PATIENCE)), (30.0, (30.0, 30.0))])
+def test_processes_that_share_a_list_wait_for_the_slowest(monkeypatch, given, expected):
+    """One may be done long before another one: only at the start, and where a run says so, is that an error."""
+    waits = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(world_module, "fresh_store", lambda world, timeout: waits.append(timeout))
+    begun = lambda *arguments, timeout, **others: waits.append(timeout.total_seconds())  # noqa: E731
+    monkeypatch.setattr(torch.distributed, "init_process_group", begun)
+    words = "distributed.timeout" if given else "the same command does the rest"
+    with pytest.raises(RunStoppedError, match=words), joined("cpu", "device", given):
+        raise RuntimeError("gloo: connection closed by peer")
+    assert tuple(waits) == expected
+    assert PATIENCE > 10 * MEETING
 
 
 def test_a_recorded_step_is_of_one_process():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -9,11 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from adamae_fast import AdaMAE, VideoClassifier, open_encoder
@@ -26,6 +29,7 @@ from adamae_fast.data.manifest import read_manifest
 from adamae_fast.data.quarantine import TooManyBadVideosError
 from adamae_fast.errors import RunStoppedError
 from adamae_fast.features import extract as extracting
+from adamae_fast.features import store
 from adamae_fast.features.extract import extract
 from adamae_fast.features.store import FeatureFolder, FeaturesError
 from adamae_fast.interop.convert import convert
@@ -274,17 +278,62 @@ def test_folders_that_cannot_be_read(pooled, tmp_path):
     remedy = r"bring the others back, or make them again.*: adamae-fast extract .* --output_dir=.*copy"
     with pytest.raises(FeaturesError, match=f"1 of 2 shards are there; {remedy}"):
         FeatureFolder(folder)
-    (folder / "features.json").write_text("{}")
-    with pytest.raises(FeaturesError, match="not the index of features"):
+    index = json.loads((folder / "features.json").read_text())
+    for found in ({}, {key: index[key] for key in ("format", "version")}):
+        (folder / "features.json").write_text(json.dumps(found))
+        with pytest.raises(FeaturesError, match="not the index of features"):
+            FeatureFolder(folder)
+
+
+def test_shards_of_another_extraction_are_refused(pooled, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(pooled.path, folder)
+    shard = folder / "shard-00001.safetensors"
+    wrong = {**load_file(shard), "features": torch.zeros(2, 3)}
+    with safe_open(shard, "pt") as file:
+        save_file(wrong, shard, file.metadata())
+    with pytest.raises(FeaturesError, match=r"shard-00001\.safetensors: features of shape \(3,\), not \(128,\)"):
+        FeatureFolder(folder).read()
+    shutil.copy(folder / "shard-00000.safetensors", shard)
+    with pytest.raises(FeaturesError, match=r"shard-00001\.safetensors: damaged \(it should have videos 4 to 6 of"):
         FeatureFolder(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "another bit"])
+def test_damaged_npz_shards_are_named(featured, tmp_path, damage):
+    features = run(featured.pretrained, featured, tmp_path, format="npz")
+    shard = tmp_path / "shard-00001.npz"
+    content = bytearray(shard.read_bytes())
+    content[content.index(features.read([4]).numpy().tobytes())] ^= 1
+    shard.write_bytes({"cut short": content[:-8], "empty": b"", "another bit": content}[damage])
+    with pytest.raises(FeaturesError, match=r"shard-00001\.npz: damaged .*remove it, and extract again"):
+        features.read() if damage == "another bit" else FeatureFolder(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz"])
+def test_a_full_disk_costs_the_shard_that_did_not_fit(featured, pooled, tmp_path, monkeypatch, kind):
+    def half(path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_tensors_file", lambda tensors, path, metadata: half(path))
+        patch.setattr(np, "savez", lambda file, **arrays: half(Path(file.name)))
+        with pytest.raises(RunStoppedError, match=r"shard-00000\.\w+ cannot be written .*No space .*the same command"):
+            run(featured.pretrained, featured, tmp_path / "out", format=kind)
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "features.json"]
+    assert torch.equal(run(featured.pretrained, featured, tmp_path / "out", format=kind).read(), pooled.read())
 
 
 def test_a_lost_shard_is_made_again(featured, pooled, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(pooled.path, folder)
     (folder / "shard-00000.safetensors").unlink()
-    run(featured.pretrained, featured, folder)
+    index = json.loads((folder / "features.json").read_text())
+    (folder / "features.json").write_text(json.dumps({**index, "num_readable": 7, "unreadable": []}))
+    found = run(featured.pretrained, featured, folder)
     assert shard_bytes(folder) == shard_bytes(pooled.path)
+    assert found.header == index  # it says what is in the shards now
 
 
 def test_what_a_user_may_get_wrong(featured, tmp_path):

@@ -16,6 +16,7 @@ from adamae_fast.config_finetune import ValConfig
 from adamae_fast.data.quarantine import TooManyBadVideosError
 from adamae_fast.errors import RunStoppedError
 from adamae_fast.features import extract as extracting
+from adamae_fast.features import probe as probing
 from adamae_fast.features.probe import probe
 from adamae_fast.features.store import FeatureFolder, FeaturesError
 from tests.features.conftest import BROKEN, LABELS
@@ -99,6 +100,14 @@ def test_the_command_with_a_recipe_on_two_processes(featured, tmp_path):
     assert found == alone
     assert json.loads(outputs[0].splitlines()[-1])["top1"] == found["top1"]
     assert not outputs[1].strip()
+
+
+def test_what_stops_the_first_set_stops_the_second(featured, tmp_path, monkeypatch):
+    """A signal to another process leaves this one without a word of its own."""
+    begun = []
+    monkeypatch.setattr(probing, "extract_features", lambda part, told, *rest: begun.append(told.output_dir))
+    assert run(featured, tmp_path)["stopped_by"] == "a signal to another process"
+    assert begun == [str(tmp_path / "features" / "train_pooled")]
 
 
 def test_what_a_user_may_get_wrong(featured, tiny_videos, tmp_path, caplog):

@@ -275,6 +275,15 @@ def test_encoder_without_a_head_starts_but_does_not_convert(tmp_path):
         convert(str(path), str(tmp_path / "b"), "adamae-fast", **CLIP)
 
 
+def test_a_head_on_something_else_than_fc_norm_is_left_over(tmp_path):
+    tensors = {name: tensor for name, tensor in fine_tuned().items() if not name.startswith("fc_norm")}
+    path = save(tmp_path / "a.pth", tensors | {"norm.weight": torch.zeros(D), "norm.bias": torch.zeros(D)})
+    keys = load_encoder(model := build(), path)
+    assert set(keys.left_over) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    assert keys.missing == ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
+    assert model.head.weight.abs().max() < 1e-3
+
+
 def test_half_precision_is_widened_and_ddp_names_are_read(tmp_path):
     tensors = {f"module.{name}": tensor.half() for name, tensor in fine_tuned().items()}
     keys = load_encoder(model := build(), save(tmp_path / "a.pth", tensors))

@@ -124,6 +124,11 @@ def test_a_save_in_the_background_writes_the_same_bytes(run, saved, saver, monke
         assert (folder / name).read_bytes() == (run.checkpoint(2) / name).read_bytes()
 
 
+def test_a_file_that_cannot_be_written_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match=f"^{tmp_path}: "):
+        write_tensors_file({"a": torch.zeros(2)}, tmp_path)
+
+
 def test_what_fails_in_the_background_is_raised_by_the_next_save(run, saved, saver, monkeypatch):
     monkeypatch.setattr("adamae_fast.train.checkpoint.save_config", fail)
     saver.save(*saved, state(3))

@@ -150,15 +150,9 @@ def test_logits_may_be_averaged(trained, tmp_path):
 
 
 def test_two_processes_write_the_same_results_as_one(results, trained, tmp_path):
-    options_ = [
-        "--output-dir",
-        str(tmp_path / "out"),
-        "--data.manifest",
-        str(trained[3]),
-        "--data.max_bad_share",
-        "0.5",
-    ]
-    outputs = run_together(["evaluate", str(trained[0]), *options_])
+    told = [f"--output-dir={tmp_path / 'out'}", f"--data.manifest={trained[3]}", "--data.max_bad_share=0.1"]
+    # Only the first one says that too many are unreadable: torchrun ends all when one fails, and it has yet to write.
+    outputs = run_together(["evaluate", str(trained[0]), *told], statuses=(2, 0))
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     for name in ("num_videos", "num_readable", "num_unreadable", "top1", "top5", "confusion_matrix", "unreadable"):
         assert found[name] == results[1][name], name

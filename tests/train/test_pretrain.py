@@ -28,7 +28,7 @@ from adamae_fast.data.manifest import Entry
 from adamae_fast.run_folder import RunFolder, read_json_lines
 from adamae_fast.train.pretrain import KEYS, changed_choices, pretrain
 from adamae_fast.train.step import Stepper
-from adamae_fast.train.summary import suggest_commands
+from adamae_fast.train.summary import print_facts, suggest_commands
 
 STEPS = 14
 SAVE_EVERY = 3  # an epoch has 5 clips in batches of 2: saves fall into the middle of epochs
@@ -166,6 +166,9 @@ def test_what_to_run_next_fits_the_run(tmp_path):
         "--data.manifest LABELLED_LIST --val.manifest ANOTHER_LIST",
     ]
     assert len(suggest_commands(run, config, model, [Entry("images", 0, num_frames=8, kind="frames")])) == 1
+    console = Console(record=True, file=io.StringIO(), width=200)
+    print_facts([("next", "adamae-fast evaluate 'runs/[bold]'")], console)
+    assert console.export_text() == "next          adamae-fast evaluate 'runs/[bold]'\n"  # brackets are no mark-up
 
 
 @pytest.mark.parametrize("where", ["read_figures", "accumulate"])
