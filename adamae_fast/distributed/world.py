@@ -21,11 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adamae_fast.device import pick_device
+from adamae_fast.device import make_current, pick_device
 from adamae_fast.distributed.processes import every_process_says
 from adamae_fast.errors import RunStoppedError, ToldByFirstError, require
 
 T = TypeVar("T")
+
+PATIENCE = 24 * 3600.0
+"""Seconds to wait for each other where processes share videos and meet when all are done with theirs, not before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +118,7 @@ def joined(device: str, key: str, timeout: float) -> Iterator[tuple[World, torch
     """
     world = World(rank=int(os.environ.get("RANK", "0")), size=int(os.environ.get("WORLD_SIZE", "1")))
     own = _own_device(device, key) if world.size > 1 else pick_device(device, key)
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
+    make_current(own)
     if world.size == 1:
         yield World(), own
         return
