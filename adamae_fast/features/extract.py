@@ -21,13 +21,12 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from adamae_fast.config_distributed import DistributedConfig
 from adamae_fast.config_features import DEFAULT_DTYPES, ExtractConfig, FeatureConfig, Tokens
 from adamae_fast.config_finetune import FinetuneConfig
 from adamae_fast.data.manifest import Entry, digest_entries, read_manifest
 from adamae_fast.data.quarantine import BadVideo
 from adamae_fast.device import describe_device
-from adamae_fast.distributed.world import World, joined
+from adamae_fast.distributed.world import PATIENCE, World, joined
 from adamae_fast.features.store import DTYPES, FeatureStore, ShardContent
 from adamae_fast.interop.convert import detect_layout
 from adamae_fast.interop.starting_point import open_encoder
@@ -54,7 +53,7 @@ def extract(checkpoint: str, options: ExtractConfig, console: Console) -> dict[s
     if not options.output_dir:
         raise ValueError("output_dir is required: name a folder for the features")
     source = open_source(checkpoint, options)
-    with joined(options.device, "device", DistributedConfig().timeout) as (world, device), stop_signals() as stop:
+    with joined(options.device, "device", PATIENCE) as (world, device), stop_signals() as stop:
         source.model.to(device)
         if world.is_first:
             print_facts([*source.describe(world.size), ("features", options.output_dir)], console)

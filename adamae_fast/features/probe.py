@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from adamae_fast.config_distributed import DistributedConfig
 from adamae_fast.config_features import ExtractConfig, ProbeConfig, ProbeKind, Tokens
 from adamae_fast.data.labelled import read_labels
-from adamae_fast.distributed.world import joined
+from adamae_fast.distributed.world import PATIENCE, joined
 from adamae_fast.errors import RunStoppedError
 from adamae_fast.features.extract import Source, extract_features, open_source, refuse_unreadable, report_stop
 from adamae_fast.features.heads import RECIPES, AttentiveHead, LinearHead, score, train_heads
@@ -57,7 +56,7 @@ def probe(checkpoint: str, options: ProbeConfig, console: Console) -> dict[str, 
     _require_enough(options, len(source.entries), "videos")
     output_dir, tokens = Path(options.output_dir), TOKENS[options.probe]
     folders = {name: output_dir / "features" / f"{name}_{tokens}" for name in ("train", "val")}
-    with joined(options.device, "device", DistributedConfig().timeout) as (world, device), stop_signals() as stop:
+    with joined(options.device, "device", PATIENCE) as (world, device), stop_signals() as stop:
         source.model.to(device)
         if world.is_first:
             facts = [("validation", f"{options.val.manifest}, {len(val.entries)} videos")]

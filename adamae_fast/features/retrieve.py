@@ -18,12 +18,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from adamae_fast.config_distributed import DistributedConfig
 from adamae_fast.config_features import ExtractConfig, FeatureViewsConfig, RetrieveConfig
 from adamae_fast.config_finetune import ViewsConfig
 from adamae_fast.data.labelled import view_batches
 from adamae_fast.data.manifest import Entry
-from adamae_fast.distributed.world import joined
+from adamae_fast.distributed.world import PATIENCE, joined
 from adamae_fast.features.extract import (
     Source,
     extract_features,
@@ -64,7 +63,7 @@ def retrieve(target: str, queries: Sequence[str], options: RetrieveConfig, conso
     num_videos = len(source.entries)
     if options.k > num_videos:
         raise ValueError(f"k={options.k}: there are only {num_videos} videos to choose from; choose at most so many")
-    with joined(options.device, "device", DistributedConfig().timeout) as (world, device), stop_signals() as stop:
+    with joined(options.device, "device", PATIENCE) as (world, device), stop_signals() as stop:
         source.model.to(device)
         if world.is_first:
             print_facts([*source.describe(world.size), ("features", told.output_dir)], console)

@@ -14,13 +14,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from adamae_fast.config import ModelConfig, load_config, load_run_config
-from adamae_fast.config_distributed import DistributedConfig
 from adamae_fast.config_finetune import EvaluateConfig, FinetuneConfig, LabelledDataConfig, Merge
 from adamae_fast.data.labelled import read_labels
 from adamae_fast.data.manifest import Entry, read_manifest
 from adamae_fast.data.quarantine import BadVideo, TooManyBadVideosError
 from adamae_fast.device import describe_device
-from adamae_fast.distributed.world import joined
+from adamae_fast.distributed.world import PATIENCE, joined
 from adamae_fast.model.classifier import VideoClassifier
 from adamae_fast.report.confusion import class_table, confusion_matrix, describe_classes, draw_confusion
 from adamae_fast.run_folder import CONFIG_FILE, MODEL_FILE, RunFolder, find_weights
@@ -61,7 +60,7 @@ def evaluate(checkpoint: str, options: EvaluateConfig, console: Console) -> dict
         raise ValueError("data.manifest is required: name an annotation file with labels")
     entries = read_manifest(manifest, config.data.root)
     labels, _ = read_labels(entries, manifest, model.num_classes)
-    with joined(options.device, "device", DistributedConfig().timeout) as (world, device):
+    with joined(options.device, "device", PATIENCE) as (world, device):
         views = config.views
         facts = [
             ("checkpoint", str(folder)),
@@ -87,19 +86,24 @@ def evaluate(checkpoint: str, options: EvaluateConfig, console: Console) -> dict
             )
         assert mine is not None  # nothing stops it
         found = gather_predictions(mine, len(entries), world)
-    if world.is_first:
-        output_dir = Path(options.output_dir or _default_output(folder))
-        results = {
-            "checkpoint": str(folder),
-            "manifest": manifest,
-            "views": {"temporal": views.temporal, "spatial": views.spatial},
-            "merge": options.merge,
-            **describe_results(found, entries, labels, options.merge),
-        }
-        write_results(results, output_dir)
-        print_results(results, output_dir, console)
-    refuse_too_many(found.bad, len(entries), config.data.max_bad_share)
-    return results if world.is_first else None
+        results: dict[str, object] | None = None
+        if world.is_first:
+            output_dir = Path(options.output_dir or _default_output(folder))
+            results = {
+                "checkpoint": str(folder),
+                "manifest": manifest,
+                "views": {"temporal": views.temporal, "spatial": views.spatial},
+                "merge": options.merge,
+                **describe_results(found, entries, labels, options.merge),
+            }
+            write_results(results, output_dir)
+            print_results(results, output_dir, console)
+        try:
+            refuse_too_many(found.bad, len(entries), config.data.max_bad_share)
+        except TooManyBadVideosError as error:
+            # Not before the first one has written: torchrun ends all as soon as one has failed.
+            raise world.agreed(error) from None
+    return results
 
 
 def describe_results(
