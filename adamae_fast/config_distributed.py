@@ -25,7 +25,7 @@ class DistributedConfig:
 
     gradient_compression: Compression = "none"
     """bf16: gradients travel between the processes in half the bytes, rounded to bf16. Their sum is that of rounded
-    numbers, too."""
+    numbers, too; with fsdp2 also what a process adds up over its micro-batches."""
 
     timeout: float = 300.0
     """Seconds after which a process that waits for another one gives up, and with it the run. What the first process
