@@ -236,6 +236,7 @@ _MEASUREMENTS = {
     "real_decode": "training on decoded videos against training on clips that are on the device already",
     "data_memory": "memory of a process that opens thousands of videos",
     "transfer": "accuracy of fine-tuning after pre-training and from scratch, on rendered actions",
+    "scaling": "two processes against one on the CPU: efficiency, and what of the exchange hides; a smoke figure",
     "run": "single operations against plain PyTorch and torch.compile",
     "gpu": "all of these on a GPU machine, resumed where they were cut off",
     "report": "no measurement: all results as one page, docs/results.md",

@@ -25,7 +25,7 @@ class DistributedConfig:
 
     gradient_compression: Compression = "none"
     """bf16: gradients travel between the processes in half the bytes, rounded to bf16. Their sum is that of rounded
-    numbers, too."""
+    numbers, too; with fsdp2 also what a process adds up over its micro-batches."""
 
     timeout: float = 300.0
     """Seconds after which a process that waits for another one gives up, and with it the run. What the first process
@@ -40,13 +40,7 @@ def check_distributed(config: RunConfig) -> None:
     distributed = config.distributed
     if distributed == DistributedConfig():
         return  # nobody has asked for anything
-    require(
-        distributed.timeout > config.data.timeout or config.data.num_workers == 0,
-        "distributed.timeout",
-        distributed.timeout,
-        f"choose more than data.timeout={config.data.timeout:g}, which one process may spend on a video while the "
-        "others wait for it",
-    )
+    _check_timeout(config)
     if distributed.mode == "ddp":
         return
     cannot = "distributed.mode=fsdp2 cannot work with it"
@@ -71,8 +65,21 @@ def check_distributed(config: RunConfig) -> None:
     )
 
 
+def _check_timeout(config: RunConfig) -> None:
+    timeout, data = config.distributed.timeout, config.data
+    require(
+        timeout > data.timeout or data.num_workers == 0,
+        "distributed.timeout",
+        timeout,
+        f"choose more than data.timeout={data.timeout:g}, which one process may spend on a video while the "
+        "others wait for it",
+    )
+
+
 def check_world(config: RunConfig, size: int) -> None:
     """Raise ValueError for what ``size`` processes cannot do and one could."""
+    if size > 1:
+        _check_timeout(config)  # also where it was data.timeout that was set
     require(
         size == 1 or not config.train.cuda_graph,
         "train.cuda_graph",

@@ -31,6 +31,12 @@ def pick_device(name: str, key: str = "device") -> torch.device:
     return device
 
 
+def make_current(device: torch.device) -> None:
+    """Let this be the device of CUDA calls that name none. One without a number is the current one already."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def describe_device(device: torch.device) -> str:
     """Return the device in words, and for a CPU why it is not a GPU."""
     if device.type == "cuda":

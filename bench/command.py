@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from adamae_fast.config import MaskConfig, ModelConfig
-from adamae_fast.device import pick_device
+from adamae_fast.device import make_current, pick_device
 from bench import conditions
 from bench.arms import Setting
 from bench.checkout import Checkout
@@ -45,8 +44,7 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
 def setting_of(options: argparse.Namespace, batch_size: int | None = None) -> Setting:
     """The paper's model, or a tiny one with ``--quick``. Raises ValueError for a device that is not there."""
     device = pick_device(options.device, key="--device")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    make_current(device)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"--batch {batch_size}: choose at least 1 clip")
     model, mask = TINY if options.quick else (ModelConfig(), MaskConfig())

@@ -383,6 +383,37 @@ def transfer_section(result: Result) -> list[str]:
     return [*lines, f"Rates tried, on another seed and other videos for validation: {tried}.", ""]
 
 
+def scaling_section(result: Result) -> list[str]:
+    """Two processes against one on a CPU."""
+    lines = [f"### {result['conditions']['device']}", "", caption(result), ""]
+    lines += [
+        f"**A smoke figure**: processes of {result['threads_per_process']} core each on one machine, gloo, no network, "
+        "clips in memory. It says nothing about GPUs. *overlapped*: DDP as in training; *after*: gradients are "
+        "exchanged in one piece after the backward; *none*: not at all (`bench/scaling.py`).",
+        "",
+    ]
+    rows = [
+        (
+            *(str(row[key]) for key in ("model", "processes", "arm", "batch")),
+            f"{row['ms']:.1f} [{row['ms_p20']:.1f}, {row['ms_p80']:.1f}]",
+            *(f"{row[key]:.2f}" for key in ("steps_per_s", "clips_per_s")),
+        )
+        for row in result["rows"]
+    ]
+    lines += table(("model", "processes", "arm", "clips of each", "ms [p20, p80]", "steps/s", "clips/s"), rows)
+    figures = [
+        (
+            f"{row['model']}, {row['processes']} processes",
+            f"{row['efficiency']:.1%}",
+            f"{row['waiting']:.1%}",
+            "within the noise" if row["hidden"] is None else f"{row['hidden']:.1%}",
+        )
+        for row in result["figures"]
+    ]
+    columns = ("", "efficiency: alone / overlapped", "of a step, waiting for the exchange", "of the exchange, hidden")
+    return lines + table(columns, figures)
+
+
 SECTIONS = {
     "step": ("A training step", step_section),
     "finetune_step": ("A fine-tuning step", step_section),
@@ -392,6 +423,7 @@ SECTIONS = {
     "real_decode": ("Training on decoded videos", real_decode_section),
     "profile": ("Where a step spends its time", profile_section),
     "transfer": ("Fine-tuning after pre-training", transfer_section),
+    "scaling": ("Two processes on one CPU", scaling_section),
     "kernels": ("Single operations", kernels_section),
 }
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from adamae_fast.device import pick_device
+from adamae_fast.device import make_current, pick_device
 from adamae_fast.testing import OpShape
 from bench import conditions, measure
 from bench.registry import ENTRIES
@@ -85,7 +85,7 @@ def _measure_all(
 ) -> tuple[list[Row], dict[str, dict[str, str]]]:
     """Rows of all operations, and what was refused; each operation is on disk as soon as it is measured."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        make_current(device)
         # Graphs are captured on a side stream only, and a backward runs on the stream of its forward.
         torch.cuda.set_stream(torch.cuda.Stream())
     taken = {**conditions.collect(device), "quick": "yes" if quick else ""}

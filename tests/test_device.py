@@ -8,6 +8,16 @@ from adamae_fast import device as device_module
 from adamae_fast.device import Uploader
 
 
+def test_a_device_without_a_number_is_the_current_one(monkeypatch):
+    """torch.cuda.set_device refuses it, also where there is no GPU."""
+    device_module.make_current(torch.device("cuda"))
+    device_module.make_current(torch.device("cpu"))
+    made_current = []
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    device_module.make_current(torch.device("cuda", 3))
+    assert made_current == [torch.device("cuda", 3)]
+
+
 def test_on_a_cpu_nothing_is_copied():
     video = torch.zeros(3, dtype=torch.uint8)
     assert Uploader(torch.device("cpu"))(video) is video

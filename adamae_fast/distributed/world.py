@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adamae_fast.device import pick_device
+from adamae_fast.device import make_current, pick_device
 from adamae_fast.distributed.processes import every_process_says
 from adamae_fast.errors import RunStoppedError, ToldByFirstError, require
 
@@ -121,8 +121,7 @@ def joined(device: str, key: str, timeout: float | None = None) -> Iterator[tupl
     """
     world = World(rank=int(os.environ.get("RANK", "0")), size=int(os.environ.get("WORLD_SIZE", "1")))
     own = _own_device(device, key) if world.size > 1 else pick_device(device, key)
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
+    make_current(own)
     if world.size == 1:
         yield World(), own
         return

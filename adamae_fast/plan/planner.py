@@ -133,7 +133,8 @@ class _Builder:
         total: float = memory.of(train.batch_size)
         basis: Basis = "modelled"
         how = f"{memory.fixed / 1e9:.2f} GB whatever the batch, {memory.per_clip / 1e6:.0f} MB a clip"
-        if found is not None and is_measured_model(model, mask) and found.batch == train.batch_size:
+        is_whole = num_gpus == 1 or self.config.distributed.mode == "ddp"  # as where it was measured
+        if found is not None and is_whole and is_measured_model(model, mask) and found.batch == train.batch_size:
             total, basis, how = found.allocated_bytes, "measured", f"{found.source}, {found.arm}, one GPU"
         states = state_bytes(self.config, self.parameters, num_gpus, rank=0)
         self.add("state_bytes", "weights, gradients, moments", states, "GB", "exact", self._who_has_most(), 1e9)

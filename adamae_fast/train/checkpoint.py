@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -32,6 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adamae_fast.config import RunConfig, load_run_config, save_config
+from adamae_fast.device import make_current
 from adamae_fast.distributed.processes import (
     every_process_says,
     first_process_does,
@@ -151,7 +153,9 @@ class CheckpointSaver:
             from adamae_fast.train.sharded_checkpoint import own_share, write_shards
 
             if self._group is None:
-                self._group = dist.new_group(backend="gloo")  # the thread's own: the training talks over the other one
+                # The thread's own: the training talks over the other one. A new group would wait for half an hour.
+                patience = timedelta(seconds=self._config.distributed.timeout)
+                self._group = dist.new_group(backend="gloo", timeout=patience)
             names = {file: list(tensors) for file, tensors in files.items()}
             folder = draft / OPTIMIZER_FOLDER
             write = partial(write_shards, folder, names=names, complete=complete, group=self._group)
@@ -170,8 +174,7 @@ class CheckpointSaver:
 
             self._stager = build_stager(device.type == "cuda")
             # A new thread would look at the first GPU, whichever is this process's.
-            set_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-            self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=set_device)
+            self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=make_current, initargs=(device,))
         return self._thread.submit(_write, draft, write, cast(_Files, self._stager.stage(files)))
 
 

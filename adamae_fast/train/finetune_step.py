@@ -104,5 +104,5 @@ class FinetuneStepper(BaseStepper[VideoClassifier]):
 
     def _forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         video_BCTHW, targets_BK = inputs
-        loss = soft_cross_entropy(self._network(video_BCTHW), targets_BK)
+        loss = soft_cross_entropy(self.network(video_BCTHW), targets_BK)
         return loss, loss.detach()[None]

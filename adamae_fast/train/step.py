@@ -73,7 +73,8 @@ class BaseStepper(ABC, Generic[ModelT]):
         if config.train.compile:
             compile_blocks(self.model)
         # After it, not before: what is shared among processes is a model that recomputes and is compiled.
-        self._network = parallelize(self.model, config.distributed, world, device, config.train.precision)
+        self.network = parallelize(self.model, config.distributed, world, device, config.train.precision)
+        """What is called in training: the model, or what shares it among processes."""
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
         self.guard = FiniteGuard((*figures, "grad_norm"), device, world, num_common=1 if world.size > 1 else 0)
@@ -140,7 +141,7 @@ class BaseStepper(ABC, Generic[ModelT]):
 
     def _forward_backward(self, *inputs: Tensor) -> None:
         share = 1 / self._config.train.accumulate
-        with only_last_syncs(self._network, self._num_batches == self._config.train.accumulate):
+        with only_last_syncs(self.network, self._num_batches == self._config.train.accumulate):
             timed = self.forward_time if self._world.size > 1 else nullcontext()
             with timed, arithmetic(self.device, self._config.train.precision):
                 loss, figures = self._forward(*inputs)
@@ -230,7 +231,7 @@ class Stepper(BaseStepper[AdaMAE]):
     def _forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         video_BCTHW, seeds_B = inputs
         try:
-            output = self._network(video_BCTHW, seeds=seeds_B)
+            output = self.network(video_BCTHW, seeds=seeds_B)
         except NonFiniteLogitsError as error:
             raise non_finite(self._step, self._world.named(self._world.rank, error)) from error
         return output.loss, describe_output(output)

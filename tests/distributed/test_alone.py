@@ -71,6 +71,13 @@ def test_a_recorded_step_is_of_one_process():
         check_world(config, 2)
 
 
+def test_several_processes_wait_longer_than_one_may_read():
+    config = PretrainConfig(data=DataConfig(timeout=900))
+    check_world(config, 1)
+    with pytest.raises(ValueError, match=r"distributed\.timeout=300\.0: choose more than data\.timeout=900"):
+        check_world(config, 2)
+
+
 def test_what_one_process_does_not_heed_is_told():
     config = PretrainConfig(distributed=DistributedConfig(mode="fsdp2", gradient_compression="bf16"))
     told = distributed_without_effect(config, 1)

@@ -8,6 +8,7 @@ import pytest
 
 from adamae_fast.cli import main
 from adamae_fast.config import CheckpointConfig, DataConfig, PretrainConfig, TrainConfig
+from adamae_fast.config_distributed import DistributedConfig
 from adamae_fast.plan.calibration import MeasuredStep, calibration
 from adamae_fast.plan.options import PlanOptions
 from adamae_fast.plan.planner import make_plan
@@ -20,11 +21,12 @@ NO_STEPS = dataclasses.replace(calibration(), steps=())
 """What was measured but for steps on GPUs, so that what these tests expect does not change with new results."""
 
 
-def plan(train=None, data=None, checkpoint=None, measured=None, **options):
+def plan(train=None, data=None, checkpoint=None, measured=None, mode="ddp", **options):
     config = PretrainConfig(
         train=TrainConfig(**(train or {})),
         data=DataConfig(**{"num_workers": 8, **(data or {})}),
         checkpoint=CheckpointConfig(**(checkpoint or {})),
+        distributed=DistributedConfig(mode=mode),
     )
     chosen = PlanOptions(**{"gpu": "h100", "num_gpus": 64, "dataset": "k400", **options})
     return make_plan(config, chosen, measured or NO_STEPS)
@@ -119,6 +121,13 @@ def test_a_measured_step_replaces_the_modelled_one(measured):
         assert p.figures[key].how.startswith("x, ours-none")
     assert p.figures["step"].basis == "modelled"  # its network was not
     assert plan(measured=measured, num_gpus=1).figures["step"].basis == "measured"
+
+
+def test_what_one_gpu_took_is_not_what_a_share_takes(measured):
+    shared = plan(measured=measured, mode="fsdp2")
+    assert shared.figures["memory_bytes"].basis == "modelled"
+    assert shared.value("memory_bytes") == plan(mode="fsdp2").value("memory_bytes") < 7
+    assert plan(measured=measured, mode="fsdp2", num_gpus=1).figures["memory_bytes"].basis == "measured"
 
 
 def test_other_batches_are_modelled_in_proportion_to_the_measured_one(measured):
