@@ -12,10 +12,9 @@ from typing import Any
 
 from adamae_fast.config import PretrainConfig, load_config
 from adamae_fast.plan.calibration import PATH, Calibration, MeasuredDecode, MeasuredStep
-from adamae_fast.plan.command import shown
 from adamae_fast.plan.hardware import GPUS, gpu_named
 from adamae_fast.plan.options import PlanOptions
-from adamae_fast.plan.planner import Plan, make_plan
+from adamae_fast.plan.planner import Plan, make_plan, shown
 from bench.conditions import ROOT
 from bench.report import RESULTS, Result, read, table
 

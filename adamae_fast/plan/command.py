@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from adamae_fast.config import PretrainConfig, add_fields, add_run_arguments, build_config
 from adamae_fast.plan.calibration import calibration
 from adamae_fast.plan.options import PlanOptions
-from adamae_fast.plan.planner import Figure, Plan, make_plan
+from adamae_fast.plan.planner import Plan, make_plan, shown
 
 if TYPE_CHECKING:  # it loads what plans alone do not need
     from adamae_fast.plan.dry_run import DryRun
@@ -62,21 +62,6 @@ def as_json(plan: Plan, options: PlanOptions, found: DryRun | None = None) -> di
         "warnings": plan.warnings,
         "dry_run": None if found is None else asdict(found),
     }
-
-
-def shown(figure: Figure) -> str:
-    """Value or range, and the unit."""
-    ends = [_digits(x) for x in (figure.value, figure.high) if x is not None]
-    if len(ends) == 2 and ends[0] == ends[1]:
-        ends.pop()
-    return " ".join(filter(None, [" – ".join(ends), figure.unit]))
-
-
-def _digits(value: float) -> str:
-    """Three figures that count; whole numbers whole."""
-    if float(value).is_integer():
-        return f"{value:,.0f}"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def print_plan(plan: Plan, console: Console) -> None:

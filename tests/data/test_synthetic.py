@@ -177,7 +177,7 @@ def test_background_is_textured_and_distractors_pan_with_it(seed: int, monkeypat
         return synthetic._background(np.random.default_rng(seed), NUM_FRAMES, WIDTH, HEIGHT)
 
     frames_THWC = background()
-    monkeypatch.setattr(synthetic, "_draw", lambda *_: None)
+    monkeypatch.setattr(synthetic, "draw", lambda *_: None)
     plain_THWC = background()
     covered_THW = np.abs(frames_THWC - plain_THWC).max(axis=-1) > 0.02
     assert 0.05 < covered_THW.mean() < 0.2
