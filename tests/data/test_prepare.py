@@ -253,6 +253,8 @@ def test_other_sizes_of_shards_hold_the_same_videos(
 
 def _in_a_process(run: Callable[[], object]) -> multiprocessing.Process:
     def target() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as a process has it that a shell starts
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         with open(os.devnull, "w") as null:
             os.dup2(null.fileno(), 2)
         os._exit(int(run() or 0))  # type: ignore[call-overload]
