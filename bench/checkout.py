@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from adamae_fast.ops.patchify import IMAGENET_MEAN, IMAGENET_STD
+from bench import conditions
 
 COMMIT = "aa198502f3da26a5ecb1999aeaf19a7a04bab272"
 """The only version that the stand-ins were tried with."""
@@ -143,10 +144,7 @@ class Checkout:
                 }
                 has_classifier = (folder / CLASSIFIER).is_file()
                 classifier = importlib.import_module("models.finetune.vit") if has_classifier else None
-        head = folder / ".git" / "HEAD"
-        return cls(
-            **modules, classifier=classifier, commit=head.read_text().strip()[:40] if head.is_file() else "not told"
-        )
+        return cls(**modules, classifier=classifier, commit=conditions.git(folder, "rev-parse", "HEAD") or "not told")
 
     def build(self, **sizes: Any) -> nn.Module:
         """The model, sizes by the names of its constructor."""

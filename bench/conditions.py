@@ -35,10 +35,11 @@ def version() -> dict[str, str]:
     """Commit, and whether the tree differs from it; a tree without git is told its commit in ADAMAE_COMMIT."""
     if told := os.environ.get("ADAMAE_COMMIT"):
         return {"commit": told, "dirty": "not told"}
-    commit = _git("rev-parse", "--short", "HEAD")
+    commit = git(ROOT, "rev-parse", "--short", "HEAD")
     if not commit:
         return {"commit": "not told", "dirty": "not told"}
-    return {"commit": commit, "dirty": "yes" if _git("status", "--porcelain", "--", ".", ":!bench/results") else "no"}
+    changed = git(ROOT, "status", "--porcelain", "--", ".", ":!bench/results")
+    return {"commit": commit, "dirty": "yes" if changed else "no"}
 
 
 def device_name(device: torch.device) -> str:
@@ -77,9 +78,12 @@ def _driver() -> str:
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
-def _git(*arguments: str) -> str:
-    """What git says; nothing where there is no repository."""
+def git(folder: Path, *arguments: str) -> str:
+    """What git says in ``folder``; nothing where that is no repository of its own."""
+    if not (folder / ".git").exists():
+        return ""
     try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""

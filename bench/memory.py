@@ -9,70 +9,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from adamae_fast.config import DecoderConfig, MaskConfig, ModelConfig, Recompute, SamplerConfig
+from adamae_fast.config import Recompute, SamplerConfig
 from adamae_fast.plan import work
-from bench import arms, command, conditions, predict
+from bench import arms, command, conditions, predict, table1
 from bench.arms import Builder, Setting
 from bench.checkout import Checkout
 from bench.saved import CASTS, saved_bytes
 from bench.step import give_back_unused, memory_on_gpu
+from bench.table1 import Case
 
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Case:
-    """One row of the paper's table."""
-
-    part: str
-    name: str
-    paper_gib: float
-    """What the paper reports for 16 clips on one GPU."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    mask: MaskConfig = field(default_factory=MaskConfig)
-
-
-def _mask(strategy: Any, ratio: float) -> MaskConfig:
-    return MaskConfig(strategy=strategy, ratio=ratio)
-
-
-def _depth(depth: int) -> ModelConfig:
-    return ModelConfig(decoder=DecoderConfig(depth=depth))
-
-
-def _sampler(**options: Any) -> ModelConfig:
-    return ModelConfig(sampler=SamplerConfig(**options))
-
-
-CASES = (
-    Case("(a) masking", "tube 75 %", 16.2, mask=_mask("tube", 0.75)),
-    Case("(a) masking", "tube 90 %", 14.7, mask=_mask("tube", 0.9)),
-    Case("(a) masking", "random 75 %", 16.2, mask=_mask("random", 0.75)),
-    Case("(a) masking", "random 90 %", 14.7, mask=_mask("random", 0.9)),
-    Case("(a) masking", "frame 87.5 %", 12.8, mask=_mask("frame", 0.875)),
-    Case("(a) masking", "adaptive 95 %", 14.4),
-    Case("(b) ratio", "0.98", 14.1, mask=_mask("adaptive", 0.98)),
-    Case("(b) ratio", "0.95", 14.4),
-    Case("(b) ratio", "0.90", 15.1, mask=_mask("adaptive", 0.9)),
-    Case("(b) ratio", "0.85", 15.9, mask=_mask("adaptive", 0.85)),
-    Case("(b) ratio", "0.80", 16.9, mask=_mask("adaptive", 0.8)),
-    Case("(c) decoder", "1 block", 9.2, _depth(1)),
-    Case("(c) decoder", "2 blocks", 11.0, _depth(2)),
-    Case("(c) decoder", "4 blocks", 14.4),
-    Case("(c) decoder", "8 blocks", 21.3, _depth(8)),
-    Case("(f) sampler", "MLP", 11.8, _sampler(kind="mlp")),
-    Case("(f) sampler", "1 × 384", 14.0, _sampler(width=384)),
-    Case("(f) sampler", "1 × 768", 14.4),
-    Case("(f) sampler", "2 × 384", 17.1, _sampler(width=384, depth=2)),
-)
-"""Table 1 (a), (b), (c), (f) of the paper."""
+CASES = tuple(case for case in table1.CASES if case.paper_gib is not None)
+"""Table 1 (a), (b), (c), (f): those for which the paper states memory."""
 
 QUICK_CASES = ("adaptive 95 %", "tube 75 %", "8 blocks", "MLP")
 

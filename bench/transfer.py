@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,12 +34,11 @@ from rich.table import Table
 from adamae_fast.config import load_config, load_run_config
 from adamae_fast.config_finetune import FinetuneConfig
 from adamae_fast.data.actions import ACTIONS
-from adamae_fast.data.synthetic import synthesize
-from adamae_fast.errors import RunStoppedError
 from adamae_fast.run_folder import RunFolder, find_weights, read_json_lines
 from adamae_fast.train.finetune import finetune
 from adamae_fast.train.pretrain import pretrain
 from bench import command, conditions
+from bench.trainings import action_videos, is_done, seconds_of, train_once
 
 ARMS = ("scratch", "pretrained", "demo")
 CLASSES = ("move-left", "move-right", "move-up", "move-down")
@@ -78,18 +76,7 @@ class Study:
         folder = self.work / name
         if not folder.exists():
             self.say(f"rendering {num_videos} videos")
-            frames = load_config(PRETRAINING).model.num_frames
-            synthesize(
-                str(folder),
-                "actions",
-                num_videos,
-                num_frames=frames,
-                width=64,
-                height=64,
-                seed=seed,
-                val_share=val_share,
-            )
-        return folder
+        return action_videos(folder, num_videos, load_config(PRETRAINING), seed, val_share)
 
     def pretrain(self, videos: Path) -> Path:
         """The arm "pretrained"."""
@@ -138,28 +125,20 @@ class Study:
 
     def run(self, folder: Path, what: str, overrides: Overrides, *, of_classifier: bool) -> float:
         """Carry out one run, or what is left of it; return the seconds that all its sittings took."""
-        clock = folder / "seconds.jsonl"
-        done = sum(line["seconds"] for line in read_json_lines(clock))
-        if RunFolder(folder).summary.is_file() and clock.is_file():
-            return done
-        self.say(what)
-        start = time.perf_counter()
-        if of_classifier:
-            summary = finetune(load_run_config(FINETUNING, FinetuneConfig, overrides), self.log)
-        else:
-            summary = pretrain(load_config(PRETRAINING, overrides), self.log)
-        seconds = time.perf_counter() - start
-        with clock.open("a") as file:
-            file.write(json.dumps({"seconds": seconds}) + "\n")
-        if summary["stopped_by"]:
-            RunFolder(folder).summary.unlink()
-            raise RunStoppedError(f"stopped by {summary['stopped_by']}; the same command goes on")
-        return done + seconds
+        if not is_done(folder):
+            self.say(what)
+
+        def train() -> dict[str, object]:
+            if of_classifier:
+                return finetune(load_run_config(FINETUNING, FinetuneConfig, overrides), self.log)
+            return pretrain(load_config(PRETRAINING, overrides), self.log)
+
+        return train_once(folder, train)
 
 
 def measure(study: Study) -> dict[str, Any]:
     """Rates, then seeds, for every arm."""
-    num_videos, val_share, num_tuning = (28, 0.5, 14) if study.quick else (7000, 0.1, 280)
+    num_videos, val_share, num_tuning = (28, 0.5, 14) if study.quick else (4200, 0.15, 280)
     seeds = SEEDS[:2] if study.quick else SEEDS
     videos = study.videos("videos", 0, num_videos, val_share)
     tuning = study.videos("tuning-videos", TUNING_SEED, num_tuning + 1, num_tuning / (num_tuning + 1))
@@ -201,7 +180,7 @@ def measure(study: Study) -> dict[str, Any]:
         "pretraining": {
             "demo": json.loads(RunFolder(study.pretrained).summary.read_text())["steps"],
             "pretrained": study.pretrain_steps,
-            "seconds": sum(line["seconds"] for line in read_json_lines(study.work / "pretrained" / "seconds.jsonl")),
+            "seconds": seconds_of(study.work / "pretrained"),
         },
         "beats_scratch": judge(rows),
     }
@@ -237,7 +216,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pretrain-steps", type=int, help="of the arm pretrained")
     options = parser.parse_args(arguments)
     defaults = {"work": Path("runs/transfer-quick"), "steps": 2, "pretrain_steps": 2} if options.quick else {
-        "work": Path("runs/transfer"), "steps": 320, "pretrain_steps": 2400
+        "work": Path("runs/transfer"), "steps": 320, "pretrain_steps": 1600
     }  # fmt: skip
     for key, value in defaults.items():
         if getattr(options, key) is None:

@@ -33,7 +33,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from adamae_fast.data.drawing import OUTLINES, PATTERNS, Floats, Palette, cut, draw, sprite, texture
+from adamae_fast.data.drawing import NOWHERE, OUTLINES, PATTERNS, Floats, Palette, cut, draw, sprite, texture
 
 ACTIONS = (
     "move-left",
@@ -54,6 +54,9 @@ ACTIONS = (
 """The classes; the index is the label."""
 
 Split = Literal["train", "val"]
+
+STILL = 1e-4
+"""Pixels, radians or a factor: what changes by no more from frame to frame stands still."""
 
 NUM_ARCS = 10
 """Equal arcs of the circle of hues."""
@@ -92,6 +95,13 @@ class Motion:
     y_OT: Floats
     scale_T: Floats
     angle_OT: Floats
+
+    def moving(self) -> NDArray[np.bool_]:
+        """(O, T): whether a sprite moves, turns or changes its size from the frame before or to the one after."""
+        scale_OT = np.broadcast_to(self.scale_T, self.x_OT.shape)
+        states = np.stack([self.x_OT, self.y_OT, scale_OT, self.angle_OT])
+        changes_OT = (np.abs(np.diff(states, axis=2)) > STILL).any(axis=0)
+        return np.pad(changes_OT, ((0, 0), (1, 0))) | np.pad(changes_OT, ((0, 0), (0, 1)))
 
     @classmethod
     def of(cls, action: str, rng: np.random.Generator, *, num_frames: int, width: int, height: int) -> Motion:
@@ -171,6 +181,7 @@ class Film:
         # Streams of their own: how a video looks does not depend on what happens in it.
         motion_rng, rng = (np.random.default_rng([*seed, stream]) for stream in range(2))
         self.motion = Motion.of(action, motion_rng, **size)
+        self.moving_OT = self.motion.moving()
         self.width, self.height = width, height
         side = min(width, height)
         palette, looks = palette_of(split), LOOKS[split]
@@ -199,7 +210,10 @@ class Film:
         self.light_HW1 = (slope.real * across + slope.imag * down - vignette + 0.08).astype(np.float32)[:, :, None]
 
     def frame(self, t: int) -> tuple[Floats, NDArray[np.float64]]:
-        """Draw moment ``t``: frame_HWC, and boxes_O4 in pixels, clipped to the frame, zeros for what is out of it."""
+        """Draw moment ``t``: frame_HWC, and boxes_O4 of what moves, in pixels, clipped to the frame.
+
+        Zeros for a sprite that lies still on the scene, or is out of the frame.
+        """
         pan = self.pan_T[t]
         corner = self.margin - pan.real, self.margin - pan.imag
         frame_HWC = cut(self.scene_HWC, *corner, self.height, self.width) + self.light_HW1
@@ -210,7 +224,8 @@ class Film:
         boxes = []
         for o, sprite_SSA in enumerate(self.sprites):
             x, y = float(motion.x_OT[o, t] + pan.real), float(motion.y_OT[o, t] + pan.imag)
-            boxes.append(_lay(frame_HWC, sprite_SSA, x, y, scale, float(motion.angle_OT[o, t])))
+            box = _lay(frame_HWC, sprite_SSA, x, y, scale, float(motion.angle_OT[o, t]))
+            boxes.append(box if self.moving_OT[o, t] else NOWHERE)
         return frame_HWC, np.array(boxes, dtype=np.float64)
 
 

@@ -55,7 +55,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
     fakes = Trainings()
     monkeypatch.setattr(transfer, "pretrain", fakes.pretrain)
     monkeypatch.setattr(transfer, "finetune", fakes.finetune)
-    monkeypatch.setattr(transfer, "synthesize", lists)
+    monkeypatch.setattr("bench.trainings.synthesize", lists)
     return fakes
 
 

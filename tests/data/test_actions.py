@@ -193,6 +193,7 @@ def test_boxes_hold_the_sprites() -> None:
     """Without A and B, pixels outside their boxes are the same, but for the shadows; what is in them is not."""
     for index, action in enumerate(ACTIONS):
         film = Film(action, "train", (3, index), **SIZE)
+        film.moving_OT[:] = True
         for t in (0, 7, 15):
             with_HWC, boxes_O4 = film.frame(t)
             sprites, film.sprites = film.sprites, [0 * sprite for sprite in film.sprites]
@@ -205,6 +206,37 @@ def test_boxes_hold_the_sprites() -> None:
             assert not inside_HW.any() or change_HW[inside_HW].mean() > 0.05
             assert (boxes_O4 >= 0).all()
             assert (boxes_O4 <= 64).all()
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("action", ACTIONS)
+def test_who_moves(action: str, seed: int) -> None:
+    motion = Motion.of(action, np.random.default_rng(seed), num_frames=60, width=100, height=100)
+    a_T, b_T = motion.moving()
+    if action.partition("-")[0] in ("move", "rotate", "zoom", "sway"):
+        assert b_T.all()
+    elif action != "push":
+        assert not b_T.any()
+    changes = np.flatnonzero(np.diff(a_T)), np.flatnonzero(np.diff(b_T))
+    if action == "push":
+        assert a_T.all()
+        assert (len(changes[1]), b_T[-1]) == (1, True)
+    elif action in ("approach", "leave"):
+        assert (len(changes[0]), a_T[-1]) == (1, action == "leave")
+    else:
+        assert a_T.all()
+
+
+def test_what_rests_has_no_box() -> None:
+    boxes, moves = [], []
+    for index in range(8):
+        film = Film("push", "train", (3, index), **SIZE)
+        boxes.append([film.frame(t)[1].any(axis=1) for t in range(16)])
+        moves.append(film.motion.moving().T)
+    boxed, moving = np.array(boxes), np.array(moves)
+    assert not (boxed & ~moving).any()
+    assert boxed[moving].mean() > 0.8  # the others are out of the frame
+    assert 0.1 < moving[:, :, 1].mean() < 0.9
 
 
 def probe(inputs: Tensor, labels: Tensor, num_train: int, network: nn.Module, epochs: int) -> tuple[float, Tensor]:

@@ -1,0 +1,52 @@
+"""A training as a part of a study: carried out once, continued where it was stopped, its seconds added up."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from adamae_fast.config import PretrainConfig
+from adamae_fast.data.synthetic import synthesize
+from adamae_fast.errors import RunStoppedError
+from adamae_fast.run_folder import RunFolder, read_json_lines
+
+
+def seconds_of(folder: Path) -> float:
+    """What all sittings of a training took."""
+    return sum(line["seconds"] for line in read_json_lines(folder / "seconds.jsonl"))
+
+
+def is_done(folder: Path) -> bool:
+    """Whether :func:`train_once` has nothing left to do."""
+    return RunFolder(folder).summary.is_file() and (folder / "seconds.jsonl").is_file()
+
+
+def train_once(folder: Path, train: Callable[[], Mapping[str, Any]]) -> float:
+    """Carry out ``train``, which returns what the run's summary.json holds, or what is left of it; return its seconds.
+
+    Raises RunStoppedError where a signal has stopped it: the same call goes on.
+    """
+    if is_done(folder):
+        return seconds_of(folder)
+    start = time.perf_counter()
+    summary = train()
+    with (folder / "seconds.jsonl").open("a") as file:
+        file.write(json.dumps({"seconds": time.perf_counter() - start}) + "\n")
+    if summary["stopped_by"]:
+        RunFolder(folder).summary.unlink()
+        raise RunStoppedError(f"stopped by {summary['stopped_by']}; the same command goes on")
+    return seconds_of(folder)
+
+
+def action_videos(folder: Path, num_videos: int, recipe: PretrainConfig, seed: int, val_share: float) -> Path:
+    """A rendered action set of small videos, each as long as a clip; rendered now, if it is not there."""
+    num_frames = recipe.model.num_frames * recipe.data.stride
+    if not folder.exists():
+        synthesize(
+            str(folder), "actions", num_videos, num_frames=num_frames, width=64, height=64, seed=seed,
+            val_share=val_share,
+        )  # fmt: skip
+    return folder
