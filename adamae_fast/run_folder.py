@@ -78,6 +78,10 @@ class RunFolder:
         found = [path for path in self.checkpoints.iterdir() if _CHECKPOINT_NAME.fullmatch(path.name)]
         return sorted(found, key=checkpoint_step)
 
+    def quarantined_paths(self) -> set[str]:
+        """Paths of the videos in ``quarantine.jsonl``."""
+        return {line["path"] for line in read_json_lines(self.quarantine)}
+
     def best_validation(self) -> dict[str, Any] | None:
         """The line of ``validation.jsonl`` with the highest top1, the first of equal ones; None if there is none."""
         lines = [line for line in read_json_lines(self.validation) if line["top1"] is not None]

@@ -1,4 +1,4 @@
-"""Inline SVG for the report: line charts of a run's metrics and the adaptivity bars.
+"""Inline SVG for the report: line charts of a run's metrics, the map of visible tokens, and the adaptivity bars.
 
 Hand-made, so that text stays text, colours follow the page's light and dark mode (CSS classes), and nothing is
 scripted.
@@ -16,6 +16,7 @@ from adamae_fast.report.adaptivity import AdaptivityResult
 WIDTH, HEIGHT = 460, 210
 LEFT, RIGHT, TOP, BOTTOM = 50, 22, 10, 26
 MAX_POINTS = 400
+MAX_COLUMNS = 96
 MIN_POINTS_TO_SMOOTH = 40
 
 
@@ -31,17 +32,25 @@ def compact_number(value: float) -> str:
 
 
 def line_chart(
-    steps: Sequence[float], values: Sequence[float], *, label: str, colour: str = "a", smooth: bool = True
+    steps: Sequence[float],
+    values: Sequence[float],
+    *,
+    label: str,
+    colour: str = "a",
+    smooth: bool = True,
+    reference: tuple[float, str] | None = None,
 ) -> Markup:
     """One metric over the run. ``label`` names it to screen readers; ``colour`` is a CSS class of the page.
 
     Runs with many logged lines are averaged to at most 400 points; from 40 points on, with ``smooth``, the points are a
     thin line and their running mean is the thick one. ``values`` are finite and at least one (``figures.series``).
+    ``reference`` is a height that is always in view, with a dashed line, and the words beside it.
     """
-    x, y = (_mean_of_bins(np.asarray(numbers, dtype=np.float64)) for numbers in (steps, values))
-    x_ticks, y_ticks = _ticks(x.min(), x.max(), 5), _ticks(y.min(), y.max(), 4)
+    x, y = (_mean_of_bins(np.asarray(numbers, dtype=np.float64), MAX_POINTS) for numbers in (steps, values))
+    in_view = y if reference is None else np.append(y, reference[0])
+    x_ticks, y_ticks = _ticks(x.min(), x.max(), 5), _ticks(in_view.min(), in_view.max(), 4)
     x_low, x_high = x.min(), x.max() if x.max() > x.min() else x.min() + 1
-    y_low, y_high = min(y_ticks[0], y.min()), max(y_ticks[-1], y.max())
+    y_low, y_high = min(y_ticks[0], in_view.min()), max(y_ticks[-1], in_view.max())
 
     def place_x(value: float) -> float:
         return LEFT + (value - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
@@ -57,6 +66,12 @@ def line_chart(
         parts.append(_line("grid", LEFT, place_y(tick), WIDTH - RIGHT, place_y(tick)))
         parts.append(_text(compact_number(tick), LEFT - 8, place_y(tick) + 4, anchor="end"))
     parts.extend(_text(compact_number(tick), place_x(tick), HEIGHT - 8) for tick in x_ticks if x_low <= tick <= x_high)
+    if reference is not None:
+        height, words = place_y(reference[0]), reference[1]
+        # On the side of the line where the curve does not end, but not on the ticks of the other axis.
+        below = y[-1] > reference[0] and height + 20 < HEIGHT - BOTTOM
+        parts.append(_line("reference", LEFT, height, WIDTH - RIGHT, height))
+        parts.append(_text(words, WIDTH - RIGHT, height + (15 if below else -6), anchor="end"))
     main = y
     if smooth and len(y) >= MIN_POINTS_TO_SMOOTH:
         main = _running_mean(y)
@@ -64,6 +79,43 @@ def line_chart(
     parts.append(f'<polyline class="line {colour}" points="{points(main)}"/>')
     parts.append(f'<circle class="dot {colour}" cx="{place_x(x[-1]):.1f}" cy="{place_y(main[-1]):.1f}" r="3.5"/>')
     return _svg(WIDTH, HEIGHT, f"{label} over the run", parts)
+
+
+def share_map(steps: Sequence[float], shares_LS: Sequence[Sequence[float]], *, label: str) -> Markup:
+    """Which share fell into each of S slots at each of L logged steps, at least two: one row a slot, the first on top.
+
+    A cell is the stronger, the larger its share; below the map are the colours of 0 and of the largest share. Runs with
+    many lines are averaged to at most 96 columns, each as wide as the steps that it stands for.
+    """
+    x = _mean_of_bins(np.asarray(steps, dtype=np.float64), MAX_COLUMNS)
+    shares_SX = np.stack([_mean_of_bins(shares_L, MAX_COLUMNS) for shares_L in np.asarray(shares_LS).T])
+    largest, num_slots = shares_SX.max(), len(shares_SX)
+
+    def place(step: float) -> float:
+        return LEFT + (step - x[0]) / (x[-1] - x[0]) * (WIDTH - LEFT - RIGHT)
+
+    edges = [place(edge) for edge in (x[0], *(x[1:] + x[:-1]) / 2, x[-1])]
+    height = (HEIGHT - TOP - BOTTOM) / num_slots
+    parts = []
+    for slot, shares_X in enumerate(shares_SX):
+        y = TOP + slot * height
+        if slot % -(-num_slots // 8) == 0:
+            parts.append(_text(str(slot), LEFT - 8, y + height / 2 + 4, anchor="end"))
+        for left, right, share in zip(edges, edges[1:], shares_X, strict=False):
+            parts.append(_cell(left, y, right - left, height, share / largest))
+    parts.extend(
+        _text(compact_number(tick), place(tick), HEIGHT - 8) for tick in _ticks(x[0], x[-1], 5) if x[0] <= tick <= x[-1]
+    )
+    end = WIDTH - RIGHT - 40
+    parts.append(_text("0 %", end - 128, HEIGHT + 18, anchor="end"))
+    parts.extend(_cell(end - 120 + 12 * tenth, HEIGHT + 8, 12, 12, (tenth + 0.5) / 10) for tenth in range(10))
+    parts.append(_text(f"{largest * 100:.0f} %", end + 8, HEIGHT + 18, anchor="start"))
+    return _svg(WIDTH, HEIGHT + 24, f"{label} over the run", parts)
+
+
+def _cell(x: float, y: float, width: float, height: float, strength: float) -> str:
+    size = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    return f'<rect class="cell" {size} fill-opacity="{strength:.2f}"/>'
 
 
 def adaptivity_bars(result: AdaptivityResult) -> Markup:
@@ -125,9 +177,9 @@ def _ticks(low: float, high: float, count: int) -> np.ndarray:
     return np.asarray(MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
 
 
-def _mean_of_bins(values: np.ndarray) -> np.ndarray:
-    """At most 400 numbers: means of equal runs of neighbours."""
-    run = -(-len(values) // MAX_POINTS)
+def _mean_of_bins(values: np.ndarray, max_bins: int) -> np.ndarray:
+    """At most ``max_bins`` numbers: means of equal runs of neighbours."""
+    run = -(-len(values) // max_bins)
     starts = np.arange(0, len(values), run)
     return np.add.reduceat(values, starts) / np.diff(np.append(starts, len(values)))
 

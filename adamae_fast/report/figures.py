@@ -48,10 +48,16 @@ def headline(metrics: Sequence[Mapping[str, Any]]) -> Headline:
     }
 
 
+def finite(line: Mapping[str, Any], key: str) -> float | None:
+    """The finite number that a line holds under ``key``, or None."""
+    value = line.get(key)
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
 def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of the lines that hold a finite number under ``key``."""
-    lines = [line for line in metrics if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])]
-    return [float(line["step"]) for line in lines], [float(line[key]) for line in lines]
+    pairs = [(float(line["step"]), value) for line in metrics if (value := finite(line, key)) is not None]
+    return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def _mean(metrics: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,26 @@ from typing import Any
 from markupsafe import Markup
 
 from adamae_fast.report.adaptivity import AdaptivityResult
-from adamae_fast.report.curves import adaptivity_bars, compact_number, line_chart
-from adamae_fast.report.figures import LAST_LINES, headline, series
+from adamae_fast.report.curves import adaptivity_bars, compact_number, line_chart, share_map
+from adamae_fast.report.figures import LAST_LINES, finite, headline, series
 from adamae_fast.run_folder import RunFolder, read_json_lines
 
 CHARTS = (
     ("loss_reconstruction", "Reconstruction loss", "a"),
     ("loss_sampling", "Sampling loss", "b"),
-    ("probability_entropy", "Entropy of the probabilities", "b"),
-    ("probability_max", "Largest probability", "b"),
     ("lr", "Learning rate", "c"),
     ("grad_norm", "Gradient norm", "c"),
     ("data_wait_share", "Share of time waiting for data", "b"),
     ("decode_seconds", "Seconds of decoding a clip", "b"),
     ("batches_ready", "Batches ready when one is asked for", "b"),
+)
+SAMPLER_CHARTS = (
+    ("probability_entropy", "Entropy of the probabilities, in nats", "a"),
+    ("probability_max", "Largest probability", "a"),
+    ("error_lift", "Error lift", "b"),
+    ("motion_lift", "Motion lift", "b"),
+    ("sampler_grad_norm", "Gradient norm of the sampler", "c"),
+    ("clamped_share", "Share of masked tokens without gradient", "c"),
 )
 MAX_QUARANTINE_ROWS = 200
 
@@ -51,10 +58,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Chart:
-    """A curve with its newest value."""
+    """A picture of a metric over the run."""
 
     title: str
-    newest: str
+    note: str
     svg: Markup
 
 
@@ -67,6 +74,8 @@ def write_page(
     adaptivity: AdaptivityResult | None = None,
     facts: Sequence[tuple[str, str]] = (),
     unreadable: Sequence[tuple[str, str]] = (),
+    num_tokens: int | None = None,
+    alarms: Sequence[str] = (),
 ) -> Path:
     """Write one self-contained HTML file and return its path.
 
@@ -78,6 +87,8 @@ def write_page(
         adaptivity: result of ``measure_adaptivity``.
         facts: name and value of what the run ran on (device, precision, versions).
         unreadable: path and reason of videos that could not be pictured.
+        num_tokens: N of the run's clips, which a uniform entropy is known from.
+        alarms: what was wrong with the run's sampler, and when.
 
     All text is escaped; images are data URIs and curves inline SVG.
     """
@@ -94,7 +105,10 @@ def write_page(
     html = environment.get_template("report.html").render(
         title=title,
         cards=_cards(metrics, len({line["path"] for line in quarantine}), adaptivity),
-        charts=_charts(metrics),
+        charts=_charts(metrics, CHARTS),
+        sampler_charts=_charts(metrics, SAMPLER_CHARTS, _references(num_tokens)),
+        mask_charts=_mask_charts(metrics),
+        alarms=alarms,
         adaptivity=adaptivity,
         adaptivity_svg=adaptivity_bars(adaptivity) if adaptivity else None,
         figures=figures,
@@ -119,15 +133,45 @@ def _data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _charts(metrics: Sequence[dict[str, Any]]) -> list[Chart]:
+def _charts(
+    metrics: Sequence[dict[str, Any]],
+    kinds: Sequence[tuple[str, str, str]],
+    references: Mapping[str, tuple[float, str]] | None = None,
+) -> list[Chart]:
     """One chart for each known metric that has at least two finite values and is not always the same zero."""
     charts = []
-    for key, title, colour in CHARTS:
+    for key, title, colour in kinds:
         steps, values = series(metrics, key)
         if len(values) > 1 and any(values):
-            svg = line_chart(steps, values, label=title, colour=colour, smooth=key != "lr")
-            charts.append(Chart(title, compact_number(values[-1]), svg))
+            reference = (references or {}).get(key)
+            svg = line_chart(steps, values, label=title, colour=colour, smooth=key != "lr", reference=reference)
+            charts.append(Chart(title, f"last {compact_number(values[-1])}", svg))
     return charts
+
+
+def _references(num_tokens: int | None) -> dict[str, tuple[float, str]]:
+    """What a sampler that looks at nothing would have, by metric."""
+    references = {"error_lift": (1.0, "ignores the error"), "motion_lift": (1.0, "ignores motion")}
+    if num_tokens is not None:
+        references["probability_entropy"] = (math.log(num_tokens), "uniform")
+    return references
+
+
+def _mask_charts(metrics: Sequence[dict[str, Any]]) -> list[Chart]:
+    """A map of where in time the visible tokens were, if at least two lines say so and a clip has several steps."""
+    prefix = "visible_in_time/"
+    num_slots = len({key for line in metrics for key in line if key.startswith(prefix)})
+    steps, rows = [], []
+    for line in metrics:
+        shares = [value for slot in range(num_slots) if (value := finite(line, f"{prefix}{slot}")) is not None]
+        if len(shares) == num_slots:
+            steps.append(float(line["step"]))
+            rows.append(shares)
+    if num_slots < 2 or len(rows) < 2:
+        return []
+    title = "Visible tokens by their time in the clip"
+    newest = f"last {min(rows[-1]) * 100:.0f} to {max(rows[-1]) * 100:.0f} %"
+    return [Chart(title, newest, share_map(steps, rows, label=title))]
 
 
 def _cards(metrics: Sequence[dict[str, Any]], num_quarantined: int, adaptivity: AdaptivityResult | None) -> list[Card]:

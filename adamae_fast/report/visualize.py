@@ -24,7 +24,8 @@ from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.report.adaptivity import AdaptivityResult, box_coverage, measure_adaptivity
 from adamae_fast.report.html import VideoFigure, write_page
 from adamae_fast.report.pictures import Panel, clip_panels, draw_strip, encode_gif, encode_png, strip_columns
-from adamae_fast.run_folder import RunFolder, checkpoint_step, find_weights
+from adamae_fast.report.sampler_alarms import sampler_alarms
+from adamae_fast.run_folder import RunFolder, checkpoint_step, find_weights, read_json_lines
 from adamae_fast.version import __version__
 
 REPORT_CELL = 160
@@ -154,6 +155,11 @@ def write_report(
         adaptivity=adaptivity,
         facts=_facts(model, config),
         unreadable=[(error.path, error.reason) for error in unreadable],
+        num_tokens=model.grid.num_tokens,
+        alarms=[
+            f"Step {alarm.step}: {alarm.message}."
+            for alarm in sampler_alarms(read_json_lines(run.metrics), config, model)
+        ],
     )
     return Report(page, adaptivity, unreadable)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -69,7 +70,12 @@ class FiniteGuard:
         if step < 0:
             return
         all_values = self._world.gather(self._bad_values.tolist())
-        told = [", ".join(f"{n}={v:.6g}" for n, v in zip(self._names, values, strict=True)) for values in all_values]
+        told = [self._tell(values) for values in all_values]
         guilty = [r for r, values in enumerate(all_values) if not all(map(math.isfinite, values[: self._num_own]))]
         what = "; ".join(self._world.named(rank, told[rank]) for rank in guilty) or f"of all together, {told[0]}"
         raise self._world.agreed(non_finite(step, what))
+
+    def _tell(self, values: Sequence[float]) -> str:
+        """The first value, which is the loss, and those that are not finite."""
+        pairs = enumerate(zip(self._names, values, strict=True))
+        return ", ".join(f"{name}={v:.6g}" for number, (name, v) in pairs if number == 0 or not math.isfinite(v))

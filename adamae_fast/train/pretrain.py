@@ -22,6 +22,7 @@ from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.run_folder import RunFolder
 from adamae_fast.train.loop import take_steps
 from adamae_fast.train.resume import KeyKinds, resume_run
+from adamae_fast.train.sampler_watch import SamplerWatch, read_boxed_clips
 from adamae_fast.train.schedule import Schedule
 from adamae_fast.train.signals import stop_signals
 from adamae_fast.train.step import Stepper
@@ -160,5 +161,29 @@ def _train(
         world.size,
     )
     return take_steps(
-        config, run, schedule, stepper, batches, quarantine, len(entries), first_step, console, stop, world
+        config,
+        run,
+        schedule,
+        stepper,
+        batches,
+        quarantine,
+        len(entries),
+        first_step,
+        console,
+        stop,
+        world,
+        sampler=_watch_sampler(config, run, entries, stepper.model, world),
     )
+
+
+def _watch_sampler(
+    config: PretrainConfig, run: RunFolder, entries: Sequence[Entry], model: AdaMAE, world: World
+) -> SamplerWatch | None:
+    """What looks at the sampler; None where there is none, and for all processes but the first."""
+    if model.sampler is None or not world.is_first:
+        return None
+    clips = None
+    # A process that has a share of the weights cannot call the model alone.
+    if world.size == 1 or config.distributed.mode != "fsdp2":
+        clips = read_boxed_clips(entries, config, model.grid, run.quarantined_paths())
+    return SamplerWatch(config, model, clips)

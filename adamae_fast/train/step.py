@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +17,7 @@ from adamae_fast.data.loader import Batch
 from adamae_fast.device import Uploader, arithmetic, product_dtype, upload
 from adamae_fast.distributed.parallelize import load_whole, only_last_syncs, parallelize, whole
 from adamae_fast.distributed.world import World
-from adamae_fast.model.adamae import AdaMAE, AdaMAEOutput
+from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.model.classifier import VideoClassifier
 from adamae_fast.ops.sample_visible import NonFiniteLogitsError
 from adamae_fast.train.apex import use_apex_layer_norm
@@ -25,10 +25,8 @@ from adamae_fast.train.compile import compile_blocks
 from adamae_fast.train.finite import FiniteGuard, NonFiniteError, non_finite
 from adamae_fast.train.metrics import Stopwatch
 from adamae_fast.train.optim import build_optimizer, set_learning_rate
+from adamae_fast.train.sampler_figures import describe_output, figure_names
 from adamae_fast.train.step_graph import StepGraph
-
-FIGURES = ("loss", "loss_reconstruction", "loss_sampling", "probability_entropy", "probability_max")
-"""What a forward pass of pre-training reports, in this order; averaged over the micro-batches of a step."""
 
 ALONE = World()
 
@@ -149,7 +147,6 @@ class BaseStepper(ABC, Generic[ModelT]):
         self._figures.add_(share * figures)
 
     def _update(self) -> None:
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
         own_figures = self._figures.clone() if self._world.size > 1 else self._figures
         self._world.average(self._figures)
         if self.scaler.is_enabled():
@@ -157,11 +154,11 @@ class BaseStepper(ABC, Generic[ModelT]):
             # A loss that is not finite is a fault: a poisoned gradient makes the scaler skip this and all later steps.
             no_norm = torch.zeros_like(self._grad_norm)
             self._observe(own_figures, no_norm)
-            smallest = min(gradients, key=Tensor.numel)
+            smallest = min((p.grad for p in self._parameters if p.grad is not None), key=Tensor.numel)
             smallest.add_(torch.where(self.guard.found_inf() > 0, float("inf"), 0.0).to(smallest.dtype))
             self.scaler.unscale_(self.optimizer)
         self._last_figures.copy_(self._figures)
-        self._grad_norm.copy_(whole(torch.nn.utils.get_total_norm(gradients)))
+        self._measure_gradients()
         limit = self._config.optim.clip_grad_norm
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, self._grad_norm)
@@ -173,6 +170,10 @@ class BaseStepper(ABC, Generic[ModelT]):
             self.optimizer.found_inf = self.guard.found_inf()  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _measure_gradients(self) -> None:
+        """Keep the norm of the step's gradients, which are unscaled and not clipped yet."""
+        self._grad_norm.copy_(gradient_norm(self._parameters))
 
     def _observe(self, own_figures: Tensor, norm: Tensor) -> None:
         own = torch.cat((own_figures, norm[None]))
@@ -208,7 +209,9 @@ class Stepper(BaseStepper[AdaMAE]):
 
     def __init__(self, config: PretrainConfig, device: torch.device, world: World = ALONE) -> None:
         torch.manual_seed(config.seed)
-        super().__init__(config, device, AdaMAE(config.model, config.mask, config.loss), FIGURES, world)
+        model = AdaMAE(config.model, config.mask, config.loss)
+        super().__init__(config, device, model, figure_names(model), world)
+        self._sampler_grad_norm = torch.zeros((), device=device)
         if self.graph is not None:
             shape_B = (config.train.batch_size,)
             shape_BCTHW = (*shape_B, *self.model.grid.video_shape)
@@ -234,7 +237,27 @@ class Stepper(BaseStepper[AdaMAE]):
             output = self.network(video_BCTHW, seeds=seeds_B)
         except NonFiniteLogitsError as error:
             raise non_finite(self._step, self._world.named(self._world.rank, error)) from error
-        return output.loss, describe_output(output)
+        return output.loss, describe_output(output, self.model.grid)
+
+    def _measure_gradients(self) -> None:
+        super()._measure_gradients()
+        if self.model.sampler is not None:
+            self._sampler_grad_norm.copy_(gradient_norm(self.model.sampler.parameters()))
+
+    def read_figures(self) -> dict[str, float]:
+        """Wait for the device; return the last step's figures. Raises as :meth:`check` does.
+
+        With a sampler, sampler_grad_norm among them is the 2-norm of its gradients, unscaled and before clipping.
+        """
+        figures = super().read_figures()
+        if self.model.sampler is not None:
+            figures["sampler_grad_norm"] = float(self._sampler_grad_norm)
+        return figures
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the 2-norm of all their gradients together, of which each process may have a share."""
+    return whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def micro_batch_seed(seed: int, step: int, place: int) -> int:
@@ -249,15 +272,3 @@ def mask_seeds(seed: int, step: int, first_clip: int, num_clips: int) -> Tensor:
     """Return int64 seeds for the masks of clips ``first_clip`` … of one step, however it is cut into batches."""
     state = np.random.SeedSequence(seed, spawn_key=(step, 0)).generate_state(first_clip + num_clips, np.uint64)
     return torch.from_numpy(state[first_clip:].view(np.int64))
-
-
-@torch.no_grad()
-def describe_output(output: AdaMAEOutput) -> Tensor:
-    """Return FIGURES of one forward pass as a tensor on its device; zeros where there is no sampler."""
-    entropy = largest_p = torch.zeros_like(output.loss)
-    if output.logit_statistics is not None:
-        largest_B, log_sum_exp_B, entropy_B = output.logit_statistics.unbind(1)
-        # A logit of minus infinity leaves all losses finite; the entropy does not stay finite.
-        entropy, largest_p = entropy_B.mean(), (largest_B - log_sum_exp_B).exp().mean()
-    losses = (output.loss, output.loss_reconstruction, output.loss_sampling)
-    return torch.stack([figure.detach().float() for figure in (*losses, entropy, largest_p)])

@@ -17,6 +17,7 @@ from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.report.figures import headline
 from adamae_fast.report.visualize import Report, write_report
 from adamae_fast.run_folder import RunFolder, read_json_lines
+from adamae_fast.train.sampler_watch import NUM_SEARCHED
 
 log = logging.getLogger("adamae_fast")
 
@@ -24,8 +25,6 @@ _CLASSIFIER_KEYS = ("size", "num_frames", "frame_size", "tubelet_size", "patch_s
 """Of the group ``model``: what a classifier must have as its encoder has it."""
 
 NUM_PICTURED = 6
-NUM_BOXED = 64
-"""Videos that are searched for known boxes, from the manifest's beginning."""
 
 
 def write_summary(
@@ -64,8 +63,8 @@ def write_summary(
 
 def suggest_commands(run: RunFolder, config: PretrainConfig, model: AdaMAE, entries: Sequence[Entry]) -> list[str]:
     """Commands to go on with after pre-training. What stands in capitals is the user's to give."""
-    bad = {line["path"] for line in read_json_lines(run.quarantine)}
-    videos = [entry.path for entry in entries[:NUM_BOXED] if entry.kind == "video" and entry.path not in bad]
+    bad = run.quarantined_paths()
+    videos = [entry.path for entry in entries[:NUM_SEARCHED] if entry.kind == "video" and entry.path not in bad]
     commands = []
     if videos:
         command = "visualize" if model.sampler is None else "saliency"
@@ -90,7 +89,7 @@ def summarize(run: RunFolder, step: int, total_steps: int, stopped_by: str | Non
         "steps": total_steps,
         "stopped_by": stopped_by,
         **headline(read_json_lines(run.metrics)),
-        "quarantined": len({line["path"] for line in read_json_lines(run.quarantine)}),
+        "quarantined": len(run.quarantined_paths()),
         "metrics": str(run.metrics),
         "checkpoint": str(checkpoints[-1]) if checkpoints else None,
     }
@@ -135,7 +134,7 @@ def write_summary_file(run: RunFolder, summary: Mapping[str, object]) -> None:
 
 def _draw_report(run: RunFolder, config: PretrainConfig, model: AdaMAE, entries: Sequence[Entry]) -> Report:
     """Picture the first readable videos; measure adaptivity on those whose moving boxes are known."""
-    bad = {line["path"] for line in read_json_lines(run.quarantine)}
-    videos = [entry for entry in islice(entries, NUM_BOXED) if entry.path not in bad]
+    bad = run.quarantined_paths()
+    videos = [entry for entry in islice(entries, NUM_SEARCHED) if entry.path not in bad]
     boxed = [entry for entry in videos if read_boxes(entry.path) is not None]
     return write_report(run, model, config, videos[:NUM_PICTURED], boxed_videos=boxed)

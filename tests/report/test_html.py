@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adamae_fast.report.curves import adaptivity_bars, compact_number, line_chart
+from adamae_fast.report.curves import adaptivity_bars, compact_number, line_chart, share_map
 from adamae_fast.report.html import VideoFigure, write_page
 from adamae_fast.run_folder import RunFolder
 
@@ -193,6 +193,99 @@ def test_metrics_without_finite_values_are_left_out_and_others_drawn(tmp_path):
     assert "Reconstruction loss" in text
     for absent in ("Gradient norm", "clips/s", "mean of the last", "nan", "None"):
         assert absent not in text
+
+
+LEGEND = 10
+"""Cells below the map, from 0 to the largest share."""
+
+
+def sampler_lines(count=30, slots=4):
+    """Lines of a run whose visible tokens wander from the first to the last moment of the clip."""
+    for step in range(1, count + 1):
+        last = step / count / 2
+        shares = [0.5 - last, *[0.5 / (slots - 2)] * (slots - 2), last]
+        yield {
+            "step": step,
+            "loss": 1.0,
+            "probability_entropy": 5.0 - step / 30,
+            "probability_max": 0.01,
+            "error_lift": 1 + step / 100,
+            "motion_lift": 0.9,
+            "sampler_grad_norm": 1e-4,
+            "clamped_share": 0.25,
+            **{f"visible_in_time/{slot}": share for slot, share in enumerate(shares)},
+        }
+
+
+def page_of(tmp_path, lines, **options):
+    run = RunFolder(tmp_path)
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return write_page(run.report, title="x", run=run, **options).read_text(encoding="utf-8")
+
+
+def test_the_sampler_has_a_part_of_its_own(tmp_path):
+    alarm = "Step 30: the <b>sampler</b> has collapsed."
+    content = page_of(tmp_path, sampler_lines(), num_tokens=512, alarms=[alarm])
+    parsed = Elements(content)
+    assert alarm in parsed.text
+    part = parsed.text[parsed.text.index(alarm) :]
+    for title in ("Entropy", "Largest prob", "Error lift", "Motion lift", "Gradient norm of", "Share of masked tokens"):
+        assert title in part
+    assert part.count("uniform") == part.count("ignores the error") == part.count("ignores motion") == 1
+    assert "last 0 to 50 %" in part
+    assert ("p", {"class": "alarm"}) in parsed.elements
+    assert content.count('class="cell"') == 4 * 30 + LEGEND
+
+
+def test_a_run_without_a_sampler_has_the_map_of_its_masks(tmp_path):
+    kept = ("step", "visible_in_time")
+    masks = [{name: line[name] for name in line if name.startswith(kept)} for line in sampler_lines()]
+    parsed = Elements(page_of(tmp_path, masks, num_tokens=512))
+    assert parsed.text.count("Mask") == 1
+    assert "Sampler" not in parsed.text
+    assert "lift" not in parsed.text
+
+
+@pytest.mark.parametrize("zeros", [{}, {"probability_entropy": 0.0, "probability_max": 0.0}])
+def test_runs_from_before_the_samplers_figures_have_no_such_part(tmp_path, zeros):
+    content = page_of(tmp_path, [{"step": step, "loss_reconstruction": 1.0, **zeros} for step in (1, 2)])
+    assert "Sampler" not in content
+    assert content.count("<h2>") == 1
+
+
+def test_lines_without_shares_and_a_single_one_draw_no_map(tmp_path):
+    one, *others = sampler_lines(3)
+    torn = [{**line, "visible_in_time/1": None} for line in others]
+    assert "visible tokens" not in page_of(tmp_path, [one, *torn])
+    assert page_of(tmp_path, [one, *torn, {**one, "step": 9}]).count('class="cell"') == 2 * 4 + LEGEND
+
+
+def test_share_map_is_in_proportion():
+    steps, shares = [10, 20, 40], [[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]]
+    root = ElementTree.fromstring(str(share_map(steps, shares, label="x")))
+    cells = [e for e in root if e.get("class") == "cell"][:-LEGEND]
+    assert [float(e.get("fill-opacity")) for e in cells] == [0.5, 0.25, 1.0, 0.5, 0.75, 0.0]
+    widths = [float(e.get("width")) for e in cells]
+    assert np.array(widths[:3]) / widths[0] == pytest.approx([1, 3, 2], rel=0.01)
+    assert widths[:3] == widths[3:]
+    assert len({e.get("y") for e in cells}) == 2
+    ends = [float(e.get("x")) + float(e.get("width")) for e in cells]
+    assert ends[0] == pytest.approx(float(cells[1].get("x")), abs=0.11)
+    many = share_map(range(1000), [[1.0, 0.0]] * 1000, label="x")
+    assert many.count('class="cell"') <= 2 * 96 + LEGEND
+    assert ">0 %</text>" in many
+    assert ">100 %</text>" in many
+
+
+def test_a_reference_is_a_line_in_view_whatever_the_values():
+    for height, values in ((9.0, [1.0, 2.0]), (-9.0, [1.0, 2.0])):
+        svg = str(line_chart([1, 2], values, label="x", reference=(height, "level")))
+        (line,) = [e for e in ElementTree.fromstring(svg).iter() if e.get("class") == "reference"]
+        assert line.get("y1") == line.get("y2")
+        assert 0 < float(line.get("y1")) < 210
+        assert (float(line.get("y1")) < svg_points(svg, "line a")[:, 1].min()) == (height > 0)
+        (words,) = [e for e in ElementTree.fromstring(svg).iter() if e.text == "level"]
+        assert 0 < float(words.get("y")) < 210 - 26  # inside the chart, not among the steps below it
 
 
 def test_adaptivity_bars_are_in_proportion_and_marked():

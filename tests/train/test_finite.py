@@ -32,6 +32,13 @@ def test_a_bad_step_and_all_later_ones_leave_parameters_and_moments_untouched(ba
         guard.check()
 
 
+def test_the_loss_and_what_is_not_finite_are_told():
+    guard = FiniteGuard(("loss", "entropy", "lift", "grad_norm"), torch.device("cpu"))
+    guard.observe(torch.tensor(0), torch.tensor([1.0, 2.0, float("nan"), float("inf")]))
+    with pytest.raises(NonFiniteError, match=r"\(loss=1, lift=nan, grad_norm=inf\)"):
+        guard.check()
+
+
 def test_good_steps_pass():
     guard = FiniteGuard(("loss",), torch.device("cpu"))
     for step in range(3):

@@ -12,7 +12,8 @@ from adamae_fast.config import (
     TrainConfig,
 )
 from adamae_fast.train.finite import NonFiniteError
-from adamae_fast.train.step import FIGURES, Stepper, micro_batch_seed
+from adamae_fast.train.sampler_figures import LOSSES, OF_SAMPLER
+from adamae_fast.train.step import Stepper, micro_batch_seed
 
 SIZES = {"size": "nano", "num_frames": 4, "frame_size": 32, "tubelet_size": 2, "patch_size": 16}  # 8 tokens
 
@@ -79,14 +80,10 @@ def test_gradient_clipping_limits_the_update_and_reports_the_norm_before():
 
 def test_reported_entropy_and_maximum():
     figures = run_step(build(), clips())
-    assert set(figures) == {*FIGURES, "grad_norm"}
+    in_time = {"visible_in_time/0", "visible_in_time/1"}
+    assert set(figures) == {*LOSSES, *OF_SAMPLER, *in_time, "grad_norm", "sampler_grad_norm"}
     assert 0 < figures["probability_entropy"] <= torch.log(torch.tensor(8.0))
     assert 1 / 8 <= figures["probability_max"] <= 1
-
-
-def test_figures_without_a_sampler_are_zero():
-    figures = run_step(build(strategy="tube"), clips())
-    assert figures["probability_max"] == figures["loss_sampling"] == 0
 
 
 def masks_of_step(step, seed):

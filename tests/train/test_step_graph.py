@@ -100,6 +100,7 @@ def test_what_outlives_a_step_stays_at_its_place(options):
     before = places(stepper)
     names = {name for _, name in before}
     assert {"_video_BCTHW", "_seeds_B", "_figures", "_found_inf", "_bad_step", "lr", "exp_avg", "step"} <= names
+    assert "_sampler_grad_norm" in names
     take_steps(stepper, 1, 4)
     assert places(stepper) == before
     assert all(p.grad is None for p in stepper.model.parameters())
