@@ -377,10 +377,23 @@ def transfer_section(result: Result) -> list[str]:
         )
         for row in result["rows"]
     ]
-    columns = ("arm", "base rate", "top-1", "each seed", "top-5", "seconds", "every seed above every seed of scratch")
+    columns = (
+        "arm",
+        "base rate",
+        "top-1",
+        "each seed",
+        "top-5",
+        "seconds",
+        "every seed above every seed of scratch by two standard errors",
+    )
     lines += table(columns, rows)
     tried = ", ".join(f"{row['arm']} {row['rate']:g}: {row['top1']:.1%}" for row in result["grid"])
-    return [*lines, f"Rates tried, on another seed and other videos for validation: {tried}.", ""]
+    lines += [f"Rates tried, on another seed and other videos for validation: {tried}.", ""]
+    for row in result["rows"]:
+        if len(row["rates"]) > 1:
+            means = ", ".join(f"{rate}: {mean:.1%}" for rate, mean in row["rates"].items())
+            lines += [f"{row['arm']} with each rate, means over seeds: {means}.", ""]
+    return lines
 
 
 def scaling_section(result: Result) -> list[str]:

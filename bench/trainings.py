@@ -15,13 +15,16 @@ from adamae_fast.run_folder import RunFolder, read_json_lines
 
 
 def seconds_of(folder: Path) -> float:
-    """What all sittings of a training took."""
+    """What its sittings took, but for those that were killed before they could say so."""
     return sum(line["seconds"] for line in read_json_lines(folder / "seconds.jsonl"))
 
 
 def is_done(folder: Path) -> bool:
     """Whether :func:`train_once` has nothing left to do."""
-    return RunFolder(folder).summary.is_file() and (folder / "seconds.jsonl").is_file()
+    summary = RunFolder(folder).summary
+    return (
+        (folder / "seconds.jsonl").is_file() and summary.is_file() and not json.loads(summary.read_text())["stopped_by"]
+    )
 
 
 def train_once(folder: Path, train: Callable[[], Mapping[str, Any]]) -> float:
@@ -36,14 +39,14 @@ def train_once(folder: Path, train: Callable[[], Mapping[str, Any]]) -> float:
     with (folder / "seconds.jsonl").open("a") as file:
         file.write(json.dumps({"seconds": time.perf_counter() - start}) + "\n")
     if summary["stopped_by"]:
-        RunFolder(folder).summary.unlink()
         raise RunStoppedError(f"stopped by {summary['stopped_by']}; the same command goes on")
     return seconds_of(folder)
 
 
-def action_videos(folder: Path, num_videos: int, recipe: PretrainConfig, seed: int, val_share: float) -> Path:
-    """A rendered action set of small videos, each as long as a clip; rendered now, if it is not there."""
+def action_videos(work: Path, num_videos: int, recipe: PretrainConfig, seed: int, val_share: float) -> Path:
+    """A folder in ``work``: an action set of small videos, each as long as a clip; rendered now, if it is not there."""
     num_frames = recipe.model.num_frames * recipe.data.stride
+    folder = work / f"videos-{num_videos}-of-{num_frames}-frames-seed{seed}-val{val_share:g}"
     if not folder.exists():
         synthesize(
             str(folder), "actions", num_videos, num_frames=num_frames, width=64, height=64, seed=seed,

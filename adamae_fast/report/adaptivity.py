@@ -128,9 +128,11 @@ def sampler_logits(model: AdaMAE, videos: torch.Tensor, batch_size: int) -> torc
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        logits = [model.sampler(model.tokenizer(batch.to(device))).float() for batch in videos.split(batch_size)]
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            logits = [model.sampler(model.tokenizer(batch.to(device))).float() for batch in videos.split(batch_size)]
+    finally:
+        model.train(was_training)
     return torch.cat(logits)
 
 

@@ -101,7 +101,7 @@ def share_map(steps: Sequence[float], shares_LS: Sequence[Sequence[float]], *, l
         y = TOP + slot * height
         if slot % -(-num_slots // 8) == 0:
             parts.append(_text(str(slot), LEFT - 8, y + height / 2 + 4, anchor="end"))
-        for left, right, share in zip(edges, edges[1:], shares_X, strict=False):
+        for left, right, share in zip(edges[:-1], edges[1:], shares_X, strict=True):
             parts.append(_cell(left, y, right - left, height, share / largest))
     parts.extend(
         _text(compact_number(tick), place(tick), HEIGHT - 8) for tick in _ticks(x[0], x[-1], 5) if x[0] <= tick <= x[-1]

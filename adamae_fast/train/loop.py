@@ -41,13 +41,13 @@ def take_steps(
     stop: list[str],
     world: World,
     validate: Validate | None = None,
-    sampler: SamplerWatch | None = None,
+    sampler_watch: SamplerWatch | None = None,
 ) -> int:
     """Take steps until the run ends or ``stop`` holds a signal's name; return how many are done in all.
 
     With ``validate``, each epoch ends with a checkpoint and a line of validation.jsonl. A run that was stopped between
-    the two begins with that line. The checkpoint of the best line is kept. ``sampler`` looks on at each report; of
-    several processes, the first one alone has it.
+    the two begins with that line. The checkpoint of the best line is kept. ``sampler_watch`` looks on at each
+    report; of several processes, the first one alone has it.
 
     Of several processes, all take the same steps and stop after the same one: a signal, an unreadable video or an error
     of the data that one of them meets is known to all before the next micro-batch, and then ``stop`` holds the signal's
@@ -75,7 +75,7 @@ def take_steps(
             metrics = {
                 "step": step,
                 **figures,
-                **(sampler.measure() if sampler else {}),
+                **(sampler_watch.measure() if sampler_watch else {}),
                 **over_processes(world.gather({**mine, "forward_seconds": stepper.forward_time.lap()}), step - logged),
                 "lr": schedule.learning_rate(step - 1),
                 "epoch": step / schedule.steps_per_epoch,
@@ -85,8 +85,8 @@ def take_steps(
                 metrics_log.write(metrics)
                 progress.report(metrics)
                 stalls.observe(step - logged, metrics)
-                if sampler:
-                    sampler.observe(metrics)
+                for alarm in sampler_watch.observe(metrics) if sampler_watch else ():
+                    metrics_log.write_alarm(*alarm)
             logged = step
 
         def save() -> None:

@@ -150,6 +150,11 @@ class MetricsLog:
             file.write(_line(metrics))
         self._draw(metrics, "val/")
 
+    def write_alarm(self, name: str, step: int, message: str) -> None:
+        """Show a text in TensorBoard, as alarms/NAME; the report finds alarms in the metrics by itself."""
+        if self._writer is not None:
+            self._writer.add_text(f"alarms/{name}", message, global_step=step)
+
     def _draw(self, metrics: dict[str, float], prefix: str) -> None:
         if self._writer is not None:
             for name, value in metrics.items():

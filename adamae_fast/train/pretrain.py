@@ -172,7 +172,7 @@ def _train(
         console,
         stop,
         world,
-        sampler=_watch_sampler(config, run, entries, stepper.model, world),
+        sampler_watch=_watch_sampler(config, run, entries, stepper.model, world),
     )
 
 

@@ -24,7 +24,7 @@ OF_SAMPLER = ("probability_entropy", "probability_max", "error_lift", "clamped_s
 * probability_entropy: of p, in nats; ln N where p is uniform;
 * probability_max: the largest p of a clip;
 * error_lift: :func:`lift` of the errors by p, over the decoded tokens;
-* clamped_share: share of the masked tokens with p below the sampling loss's eps, which gives them no gradient.
+* clamped_share: share of the masked tokens with p below the sampling loss's eps, which gives them next to no gradient.
 """
 
 

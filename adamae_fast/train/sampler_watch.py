@@ -20,7 +20,7 @@ from adamae_fast.data.synthetic import read_boxes
 from adamae_fast.grid import TokenGrid
 from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.report.adaptivity import box_coverage, sampler_logits
-from adamae_fast.report.sampler_alarms import REPORTS_IN_A_ROW, sampler_alarms
+from adamae_fast.report.sampler_alarms import REPORTS_IN_A_ROW, Alarm, sampler_alarms
 from adamae_fast.report.visualize import read_center_clip
 from adamae_fast.train.sampler_figures import lift
 
@@ -66,16 +66,23 @@ class SamplerWatch:
         # In eval mode it would have to be compiled anew, for a few clips now and then.
         with torch.compiler.set_stance("force_eager"):
             # As many at once as a step has, for which there is memory.
-            logits_BN = sampler_logits(self._model, video_BCTHW, self._config.train.batch_size).cpu()
+            try:
+                logits_BN = sampler_logits(self._model, video_BCTHW, self._config.train.batch_size).cpu()
+            except torch.OutOfMemoryError as error:
+                log.warning("motion_lift is left out from now on: %s", error)
+                self._clips = None
+                return {}
         return {"motion_lift": float(lift(logits_BN, coverage_BN).mean())}
 
-    def observe(self, metrics: Mapping[str, float]) -> None:
-        """Take in the figures of a report."""
+    def observe(self, metrics: Mapping[str, float]) -> list[Alarm]:
+        """Take in the figures of a report; warn of alarms that are new, and return them."""
         self._newest.append(metrics)
-        for alarm in sampler_alarms(self._newest, self._config, self._model):
-            if alarm.name not in self._told:
-                self._told.add(alarm.name)
-                log.warning("step %d: %s", alarm.step, alarm.message)
+        alarms = sampler_alarms(self._newest, self._config, self._model)
+        new = [alarm for alarm in alarms if alarm.name not in self._told]
+        for alarm in new:
+            self._told.add(alarm.name)
+            log.warning("step %d: %s", alarm.step, alarm.message)
+        return new
 
 
 def read_boxed_clips(
@@ -99,7 +106,7 @@ def read_boxed_clips(
                 continue
             clip = read_center_clip(entry, config)
             coverage_N = box_coverage(boxes_TO4, clip.frame_ids, clip.crop, grid)
-        except (VideoError, ValueError) as error:  # a figure beside the training, which goes on without it
+        except (VideoError, ValueError, OSError) as error:  # a figure beside the training, which goes on without it
             log.warning("motion_lift does without a video: %s", error)
             continue
         if coverage_N.any():

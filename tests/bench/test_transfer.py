@@ -13,6 +13,7 @@ from adamae_fast.config_finetune import FinetuneConfig
 from adamae_fast.errors import RunStoppedError
 from adamae_fast.run_folder import RunFolder
 from bench import command, plots, report, transfer
+from bench.trainings import is_done, seconds_of, train_once
 
 
 class Trainings:
@@ -21,13 +22,14 @@ class Trainings:
     def __init__(self) -> None:
         self.done: list[str] = []
         self.stop_at = ""
+        self.top1_of_rate = 0.05
 
     def pretrain(self, config: PretrainConfig, console: object) -> dict[str, Any]:
         return self._end(config.output_dir)
 
     def finetune(self, config: FinetuneConfig, console: object) -> dict[str, Any]:
         top1 = {None: 0.1, "demo": 0.3}.get(config.init and Path(config.init).name, 0.5)
-        top1 += 0.05 * (config.optim.base_lr == transfer.RATES[config.init is None]) + 0.01 * config.seed
+        top1 += self.top1_of_rate * (config.optim.base_lr == transfer.RATES[config.init is None]) + 0.01 * config.seed
         Path(config.output_dir).mkdir(parents=True)
         lines = [{"step": step, "top1": value, "top5": 0.9} for step, value in ((1, 0.99), (2, top1))]
         RunFolder(config.output_dir).validation.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -75,15 +77,17 @@ def result_of(tmp_path: Path) -> report.Result:
 def test_every_arm_has_its_best_rate_and_every_part_is_done_once(tmp_path: Path, trainings: Trainings) -> None:
     assert transfer.main(options(tmp_path)) == 0
     first = result_of(tmp_path)
-    num_runs = 1 + 3 * (len(transfer.RATES) + 2)
+    num_runs = 1 + 2 * (len(transfer.RATES) + 2) + 2 * len(transfer.RATES)
     assert len(trainings.done) == len(set(trainings.done)) == num_runs
     rows = {row["arm"]: row for row in first["rows"]}
     assert [rows[arm]["rate"] for arm in transfer.ARMS] == [transfer.RATES[1], *[transfer.RATES[0]] * 2]
+    assert rows["scratch"]["rates"] == pytest.approx({"0.008": 0.105, "0.016": 0.155})
+    assert rows["demo"]["rates"] == pytest.approx({"0.008": 0.355})
     # The last validation, not the best one.
     assert rows["scratch"]["top1"] == pytest.approx([0.15, 0.16])
     assert rows["pretrained"]["top1_mean"] == pytest.approx(0.555)
     assert rows["demo"]["top1_std"] == pytest.approx(0.01 / 2**0.5)
-    assert first["beats_scratch"] == {"demo": True, "pretrained": True}
+    assert first["beats_scratch"] == {"demo": False, "pretrained": False}  # 7 videos for validation prove nothing
     assert first["videos"] == {"train": 7, "val": 7, "tuning": 7}
     assert transfer.main(options(tmp_path)) == 0
     assert len(trainings.done) == num_runs
@@ -101,12 +105,35 @@ def test_a_stopped_study_goes_on_with_what_was_stopped(tmp_path: Path, trainings
     assert trainings.done.count("pretrained") == 2
 
 
-def test_an_arm_beats_scratch_with_every_seed() -> None:
+def test_an_arm_beats_scratch_with_every_seed_and_more_than_by_chance() -> None:
     def rows(scratch: list[float], demo: list[float]) -> list[transfer.Row]:
         return [{"arm": "scratch", "top1": scratch}, {"arm": "demo", "top1": demo}]
 
-    assert transfer.judge(rows([0.1, 0.2], [0.21, 0.3])) == {"demo": True}
-    assert transfer.judge(rows([0.1, 0.2], [0.2, 0.9])) == {"demo": False}
+    assert transfer.judge(rows([0.1, 0.2], [0.31, 0.9]), 200) == {"demo": True}  # the margin is 0.1
+    assert transfer.judge(rows([0.1, 0.2], [0.29, 0.9]), 200) == {"demo": False}
+
+
+def test_an_untold_choice_of_rates_favours_the_higher_one(tmp_path: Path, trainings: Trainings) -> None:
+    trainings.top1_of_rate = 0.0
+    assert transfer.main(options(tmp_path)) == 0
+    assert {row["rate"] for row in result_of(tmp_path)["rows"]} == {max(transfer.RATES)}
+
+
+def test_a_training_is_done_once_it_was_not_stopped(tmp_path: Path) -> None:
+    ends = iter(["SIGTERM", None])
+
+    def train() -> dict[str, Any]:
+        summary = {"stopped_by": next(ends)}
+        RunFolder(tmp_path).summary.write_text(json.dumps(summary))
+        return summary
+
+    with pytest.raises(RunStoppedError, match="stopped by SIGTERM"):
+        train_once(tmp_path, train)
+    assert not is_done(tmp_path)
+    first = seconds_of(tmp_path)
+    assert train_once(tmp_path, train) > first
+    assert is_done(tmp_path)
+    assert train_once(tmp_path, train) == seconds_of(tmp_path)  # a third call of train would have no end
 
 
 def test_the_page_says_what_came_out(tmp_path: Path, trainings: Trainings) -> None:
