@@ -12,8 +12,8 @@ alone:
 
 Each arm is fine-tuned by one recipe (``configs/finetune_actions.yaml``), on the same videos, for as many steps.
 A pre-trained arm has the learning rate of :data:`RATES` that is best on a seed of its own and on videos of their own
-(of another seed), the higher one of equals. It is trained with each of :data:`SEEDS`; top-1 is that of the last step, on
-the centre clip of each video. Scratch, which may learn too late for such a choice to mean anything, is trained with
+(of another seed), the higher one of equals. It is trained with each of :data:`SEEDS`; top-1 is that of the last step,
+on the centre clip of each video. Scratch, which may learn too late for such a choice to mean anything, is trained with
 each rate and each seed, and has the rate that is best in the end, in its favour.
 
 Every part is a run in ``--work``, and is not done again: stopped at any moment, the same command goes on. On a CPU the
