@@ -104,7 +104,9 @@ def read_labels(entries: Sequence[Entry], manifest: str, num_classes: int | None
     total = max(labels) + 1 if num_classes is None else num_classes
     if num_classes is None and (empty := sorted(set(range(total)) - set(labels))):
         names = ", ".join(map(str, empty[:10])) + (", …" if len(empty) > 10 else "")
-        log.warning("%s: of %d classes, %d have no video: %s", manifest, total, len(empty), names)
+        largest = entries[labels.index(total - 1)].path
+        text = "%s: of %d classes, %d have no video: %s (the largest label, %d, is that of %s)"
+        log.warning(text, manifest, total, len(empty), names, total - 1, largest)
     return labels, total
 
 

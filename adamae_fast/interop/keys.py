@@ -18,15 +18,13 @@ from torch import Tensor
 from adamae_fast.config import LossConfig, MaskConfig, ModelConfig, SamplerConfig
 from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.model.classifier import VideoClassifier
+from adamae_fast.tensor_file import listed
 
 Names = Callable[[str], tuple[str, ...]]
 """Our parameter's name → its name in the file, or the names of the pieces it is cut into along its first axis."""
 
 NO_SAMPLER_MASK = MaskConfig(strategy="tube", ratio=0.9)
 """Mask of a model that comes without a sampler: VideoMAE's own pre-training setting."""
-
-MAX_LISTED = 20
-"""Longest list of names in an error message."""
 
 _PUBLISHED = (
     ("tokenizer.", "encoder.patch_embed.proj."),
@@ -150,9 +148,7 @@ def read_tensors(
         elif tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             faults.append(f"dtype: {name} {tensor.dtype}, expected torch.float32")
     if faults:
-        listed = "".join(f"\n  {fault}" for fault in faults[:MAX_LISTED])
-        more = f"\n  and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
-        raise ValueError(f"{source}: {len(faults)} tensors do not fit this kind of file:{listed}{more}")
+        raise ValueError(f"{source}: {len(faults)} tensors do not fit this kind of file:{listed(faults)}")
     return {
         ours: torch.cat([tensors[name].detach().float() for name in names(ours)]).reshape(shape)
         for ours, shape in shapes.items()

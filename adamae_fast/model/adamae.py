@@ -32,7 +32,7 @@ from adamae_fast.ops.masked_patch_loss import masked_patch_loss
 from adamae_fast.ops.sample_visible import TokenSplit, check_seeds, split_tokens
 from adamae_fast.ops.sampling_loss import sampling_loss
 from adamae_fast.run_folder import find_weights
-from adamae_fast.tensor_file import read_tensors_file
+from adamae_fast.tensor_file import fill, read_tensors_file
 
 _BUILDS = ("model", "mask", "loss")
 """Groups of a recipe that decide which model there is."""
@@ -188,11 +188,7 @@ class AdaMAE(nn.Module):
     def load_weights(self, path: str | Path) -> None:
         """Replace this model's weights by those of a checkpoint or run folder. Raises ValueError if they do not fit."""
         weights_file, _ = find_weights(path)
-        tensors = read_tensors_file(weights_file)
-        try:
-            self.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"{weights_file}: these weights do not fit the configured model: {error}") from error
+        fill(self, read_tensors_file(weights_file), weights_file)
 
     def attention_backends(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         """Return the attention back end that training on ``device``, with products in ``dtype``, takes for each part.

@@ -23,7 +23,7 @@ from adamae_fast.model.video_encoder import VideoEncoder
 from adamae_fast.ops.registry import without_autocast
 from adamae_fast.parser_errors import in_plain_words
 from adamae_fast.run_folder import find_weights
-from adamae_fast.tensor_file import read_tensors_file
+from adamae_fast.tensor_file import fill, read_tensors_file
 
 HEAD_SCALE = 0.001
 """Factor on the head's first weights: a fresh classifier starts with nearly equal logits, as published."""
@@ -111,10 +111,7 @@ class VideoClassifier(VideoEncoder):
         if "head.weight" not in tensors:
             raise ValueError(f"num_classes=None: {str(path)!r} is no classifier; give num_classes to start one from it")
         model = cls(config, len(tensors["head.weight"]), drop_path)
-        try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"{weights}: these weights do not fit the configured model: {error}") from error
+        fill(model, tensors, weights)
         return model
 
     def pool(self, tokens_BND: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def _mask_charts(metrics: Sequence[dict[str, Any]]) -> list[Chart]:
     if num_slots < 2 or len(rows) < 2:
         return []
     title = "Visible tokens by their time in the clip"
-    newest = f"last {min(rows[-1]) * 100:.0f} to {max(rows[-1]) * 100:.0f} %"
+    newest = f"last {min(rows[-1]) * 100:.0f} to {max(rows[-1]) * 100:.0f} %, evenly {100 / num_slots:.3g} %"
     return [Chart(title, newest, share_map(steps, rows, label=title))]
 
 

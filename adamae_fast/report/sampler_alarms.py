@@ -43,7 +43,7 @@ class Alarm(NamedTuple):
 def sampler_alarms(lines: Iterable[Mapping[str, Any]], config: PretrainConfig, model: AdaMAE) -> list[Alarm]:
     """Return the first alarm of each kind among the logged ``lines`` of a run, which are in order.
 
-    * collapsed: exp(probability_entropy) below the number of visible tokens;
+    * collapsed: exp(probability_entropy) below the number of visible tokens, and below a quarter of all;
     * clamped: clamped_share above a half;
     * vanishing: the sampler's gradient, as AdamW is given it (after clipping), has a root mean square below a tenth of
       its eps.
@@ -71,11 +71,12 @@ def sampler_alarms(lines: Iterable[Mapping[str, Any]], config: PretrainConfig, m
 
 def _collapsed(line: Mapping[str, Any], config: PretrainConfig, model: AdaMAE) -> str | None:
     entropy = finite(line, "probability_entropy")
-    if entropy is None or math.exp(entropy) >= model.num_visible:
+    limit = min(model.num_visible, model.grid.num_tokens / 4)
+    if entropy is None or math.exp(entropy) >= limit:
         return None
     return (
-        f"the sampler has collapsed: exp(probability_entropy)={math.exp(entropy):.3g} is below the {model.num_visible} "
-        f"visible tokens of a clip, so its probability lies on fewer tokens than are drawn; {_calm(config)}"
+        f"the sampler has collapsed: exp(probability_entropy)={math.exp(entropy):.3g}, the number of tokens that its "
+        f"probability lies on, is below {limit:g} (the visible tokens of a clip, or a quarter of all); {_calm(config)}"
     )
 
 
@@ -99,8 +100,8 @@ def _vanishing(line: Mapping[str, Any], config: PretrainConfig, model: AdaMAE) -
         return None
     clipping = "" if kept == 1 else f" or optim.clip_grad_norm={limit:g}"
     return (
-        f"the sampler hardly learns: sampler_grad_norm={norm:.3g} is {size:.2g} for a parameter, below a tenth of "
-        f"AdamW's eps={ADAM_EPS:g}, which damps its updates more than tenfold; raise "
+        f"the sampler hardly learns: sampler_grad_norm={norm:.3g} is {size:.2g} for a parameter (root mean square), "
+        f"below a tenth of AdamW's eps={ADAM_EPS:g}, which damps its updates more than tenfold; raise "
         f"loss.sampling_weight={config.loss.sampling_weight:g}{clipping}"
     )
 

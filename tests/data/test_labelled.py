@@ -161,7 +161,8 @@ def test_labels_of_a_manifest(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     with pytest.raises(ManifestError, match=r"train\.csv: .*b\.mp4 has label 2, but there are 2 classes, 0 to 1"):
         read_labels(entries, str(manifest), 2)
     assert read_labels([entries[1]], str(manifest)) == ([2], 3)
-    assert "of 3 classes, 2 have no video: 0, 1" in caplog.text
+    assert "of 3 classes, 2 have no video: 0, 1 (the largest label, 2, is that of" in caplog.text
+    assert "b.mp4)" in caplog.text
     for line in ("d.mp4", "d.mp4 -1", "d.mp4 0 -1"):
         manifest.write_text(f"a.mp4 0\n{line}\n")
         with pytest.raises(ManifestError, match=r"train\.csv: .*d\.mp4 has no label"):
