@@ -12,6 +12,7 @@ from typing import Any
 
 from adamae_fast.config import PretrainConfig, load_config
 from adamae_fast.plan.calibration import PATH, Calibration, MeasuredDecode, MeasuredStep
+from adamae_fast.plan.estimate import Basis
 from adamae_fast.plan.hardware import GPUS, gpu_named
 from adamae_fast.plan.options import PlanOptions
 from adamae_fast.plan.planner import Plan, make_plan, shown
@@ -112,23 +113,32 @@ def plan_of(recipe: PretrainConfig, gpu: str, num_gpus: int, calibration: Calibr
 
 
 def plans(calibration: Calibration) -> str:
-    """The table, bold where a figure was measured."""
-    rows = []
+    """The table, bold where a figure was measured, and what its figures rest on."""
+    rows, bases = [], set[Basis]()
     recipe = load_config(ROOT / RECIPE)
     for gpu in GPUS:
         for num_gpus in NUM_GPUS:
             plan = plan_of(recipe, gpu, num_gpus, calibration)
             figures = [plan.figures[key] for key in COLUMNS]
+            bases |= {figure.basis for figure in figures}
             units = [figure.unit for figure in figures]
             cells = [shown(x).removesuffix(f" {unit}") for x, unit in zip(figures, units, strict=True)]
             marked = [f"**{cell}**" if x.basis == "measured" else cell for x, cell in zip(figures, cells, strict=True)]
             rows.append((f"{num_gpus} × {gpu.upper()}", f"{TOTAL_BATCH // BATCH // num_gpus}", *marked))
-    lines = table(("GPUs", "passes of a step", *COLUMNS.values()), rows)
+    lines = [basis_words(bases), "", *table(("GPUs", "passes of a step", *COLUMNS.values()), rows)]
     measured = sorted({f"{row.source} ({row.arm}, batch {row.batch})" for row in calibration.steps})
     on_gpu = f"Steps that were measured: {', '.join(measured)}." if measured else "No step was measured on a GPU yet."
     decoded = sorted({row.source for row in calibration.decodes})
     lines += [f"{on_gpu} CPU time and decoded frames of a clip were measured: {', '.join(decoded)}."]
     return "\n".join(lines) + "\n"
+
+
+def basis_words(bases: set[Basis]) -> str:
+    """What the figures of a table with these bases rest on: nothing is said of a mark that it does not have."""
+    others = " or ".join(sorted(bases - {"measured"}))
+    if "measured" not in bases:
+        return f"No figure of these plans was measured: all are {others}."
+    return "**Bold** was measured." + f" All else is {others}." * bool(others)
 
 
 def page(text: str, calibration: Calibration) -> str:

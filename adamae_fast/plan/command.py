@@ -26,7 +26,11 @@ WIDE = 120
 def add_plan_arguments(parser: ArgumentParser) -> None:
     """Every option of the plan, and every key of a recipe."""
     add_fields(parser, PlanOptions)
-    parser.add_argument("--dry_run", action="store_true", help="Rehearse the set-up of all processes on this machine.")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Rehearse the set-up of the first and the last process on this machine, and what all of them see.",
+    )
     parser.add_argument("--json", action="store_true", help="Print one JSON object in place of the table.")
     add_run_arguments(parser, PretrainConfig)
 
@@ -89,18 +93,19 @@ def print_plan(plan: Plan, console: Console) -> None:
 def print_dry_run(found: DryRun, num_processes: int) -> None:
     """What a person reads."""
     table = Table(
-        "process", "weights, MB", "gradients, MB", "moments, MB", "all, MB",
-        title=f"kept after a step, of {num_processes} processes",
+        "process", *(f"{name}, MB" for name in ("weights", "gradients", "moments", "sum")), "peak (modelled), MB",
+        title=f"counted after a step of {num_processes} processes",
     )  # fmt: skip
     for process in found.processes:
-        kept = (process.weights, process.gradients, process.moments, process.total)
+        kept = (process.weights, process.gradients, process.moments, process.total, process.modelled_peak)
         table.add_row(str(process.rank), *(f"{x / 1e6:,.1f}" for x in kept))
     console = Console()
     console.print(table)
+    console.print(found.rehearsed, soft_wrap=True, highlight=False, markup=False)
     stream = found.stream
     console.print(
-        f"{stream.num_places} places of the stream of videos, an epoch and the next one's beginning, in "
-        f"{stream.num_steps} steps: each is seen by exactly one process",
+        f"followed: all {num_processes} processes through {stream.num_places} places of the stream of videos, an epoch "
+        f"and the next one's beginning, in {stream.num_steps} steps: each is seen by exactly one process",
         soft_wrap=True,
         highlight=False,
     )

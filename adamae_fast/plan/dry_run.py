@@ -1,10 +1,12 @@
-"""A rehearsal of a run's set-up for all of its processes on one machine, without a GPU and without weights in memory.
+"""A rehearsal of a run's set-up on one machine, without a GPU and without weights in memory.
 
-PyTorch's fake process group stands for the others, and fake tensors, which have shapes and no numbers, for the model:
-it is shared by the very :func:`~adamae_fast.distributed.parallelize.parallelize` that training calls, takes forward and
-backward passes on a clip, and updates. Then the bytes of weights, gradients and moments are counted for the first
-process, which has most with fsdp2, and the last one, which has least. What is no part of it: kernels, time, whether the
-network works.
+PyTorch's fake process group stands for the other processes, and fake tensors, which have shapes and no numbers, for the
+model: blocks recompute and are compiled where the recipe asks for it, the very
+:func:`~adamae_fast.distributed.parallelize.parallelize` that training calls shares it, and it takes forward and
+backward passes on a clip, and updates. That is done for two processes: the first one, which has most with fsdp2, and
+the last one, which has least. Of both, the bytes of weights, gradients and moments are counted, and what the plan
+models as the peak of a step stands beside them. What is no part of it: the other processes' set-up, kernels, what the
+compiler makes of a block, activations, time, whether the network works.
 
 The stream of videos is walked through, too: every place of an epoch and of the beginning of the next one must be seen
 by exactly one process, also where the run goes on from a checkpoint with half of the processes.
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -35,6 +38,9 @@ from adamae_fast.device import arithmetic
 from adamae_fast.distributed.parallelize import only_last_syncs, parallelize
 from adamae_fast.distributed.world import World
 from adamae_fast.model.adamae import AdaMAE
+from adamae_fast.plan.estimate import memory_of
+from adamae_fast.plan.shares import Parameters
+from adamae_fast.train.compile import compile_blocks
 from adamae_fast.train.optim import build_optimizer
 
 CPU = torch.device("cpu")
@@ -51,10 +57,12 @@ class Process:
     weights: int
     gradients: int
     moments: int
+    modelled_peak: float
+    """What the plan takes for the allocated peak of a step with all clips of a pass; nothing of it was seen."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All that was counted."""
         return self.weights + self.gradients + self.moments
 
 
@@ -74,6 +82,8 @@ class Stream:
 class DryRun:
     """All that was found."""
 
+    rehearsed: str
+    """Who was set up, and how, in words."""
     processes: list[Process]
     stream: Stream
 
@@ -82,8 +92,23 @@ def dry_run(config: PretrainConfig, num_processes: int, num_videos: int) -> DryR
     """Rehearse. Raises ValueError where places of the stream are missed or seen twice."""
     ranks = sorted({0, num_processes - 1})
     return DryRun(
+        rehearsed=describe(config, ranks, num_processes),
         processes=[rehearse(config, rank, num_processes) for rank in ranks],
         stream=walk(config, num_processes, num_videos),
+    )
+
+
+def describe(config: PretrainConfig, ranks: list[int], num_processes: int) -> str:
+    """What :func:`rehearse` does with the recipe for these processes, and what it leaves out."""
+    train, passes = config.train, min(config.train.accumulate, MAX_PASSES)
+    order = [f"recompute {train.recompute}"] * (train.recompute != "none")
+    order += ["compile (blocks are traced, no code is generated)"] * train.compile
+    order += [config.distributed.mode] * (num_processes > 1)
+    who = f"process{'es' * (len(ranks) > 1)} {' and '.join(map(str, ranks))} of {num_processes}"
+    return (
+        f"set up: {who}, {' → '.join(order) or 'the plain model'}, and a step of {passes} pass{'es' * (passes > 1)} "
+        "with one clip. The bytes that stay after it are counted; the peak, with all "
+        f"{train.batch_size} clips of a pass, is the plan's model"
     )
 
 
@@ -109,6 +134,9 @@ def rehearse(config: PretrainConfig, rank: int, num_processes: int) -> Process:
     with fake:
         model = model.to_empty(device=CPU).train()
     model.set_recompute(config.train.recompute)
+    if config.train.compile:
+        torch._dynamo.reset()  # graphs of the process before count towards the limit of those of a block
+        compile_blocks(model, backend="eager")
     world = World(rank=rank, size=num_processes)
     # Rounding gradients for their way changes nothing about who keeps what.
     distributed = dataclasses.replace(config.distributed, gradient_compression="none")
@@ -123,6 +151,7 @@ def rehearse(config: PretrainConfig, rank: int, num_processes: int) -> Process:
             for number in range(passes):
                 _pass(config, model, network, is_last=number == passes - 1)
             optimizer.step()
+    memory = memory_of(config, Parameters.of(config), num_processes, config.train.recompute, rank)
     parameters = list(model.parameters())
     states = chain.from_iterable(state.values() for state in optimizer.state.values())
     return Process(
@@ -130,6 +159,7 @@ def rehearse(config: PretrainConfig, rank: int, num_processes: int) -> Process:
         weights=_bytes(parameters),
         gradients=_bytes(p.grad for p in parameters),
         moments=_bytes(value for value in states if value.ndim),  # not the number of steps
+        modelled_peak=memory.of(config.train.batch_size),
     )
 
 

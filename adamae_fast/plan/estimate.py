@@ -69,9 +69,11 @@ def usable_bytes(gpu: Gpu) -> float:
     return USABLE_SHARE * (gpu.memory - RESERVED_BYTES)
 
 
-def memory_of(config: PretrainConfig, parameters: Parameters, num_processes: int, recompute: Recompute) -> Memory:
-    """Modelled, of the first process, which has most; what is kept for the backward in it is what hooks count."""
-    fixed = state_bytes(config, parameters, num_processes, rank=0) + passing_bytes(config, parameters, num_processes)
+def memory_of(
+    config: PretrainConfig, parameters: Parameters, num_processes: int, recompute: Recompute, rank: int = 0
+) -> Memory:
+    """Modelled; the first process has most. What is kept for the backward in it is what hooks count."""
+    fixed = state_bytes(config, parameters, num_processes, rank) + passing_bytes(config, parameters, num_processes)
     per_clip = work.clip_bytes(config.model, config.mask, recompute)
     if config.train.cuda_graph:
         per_clip *= 2  # the graph's own pool, beside what the first steps took

@@ -20,6 +20,7 @@ def test_the_table_is_what_plans_say_now() -> None:
     assert text == scaling_page.page(text, found)
     modelled = scaling_page.plans(dataclasses.replace(found, steps=()))
     assert "**" not in modelled
+    assert modelled.startswith("No figure of these plans was measured: all are modelled.\n")
     assert "| 64 × H100 | 1 | 6.96 | 474 | 20.5 – 27.6 |" in modelled
     assert modelled.count(" × ") == 3 * 3
 
@@ -37,6 +38,7 @@ def test_steps_of_known_gpus_are_taken_up() -> None:
     assert (row.gpu, row.arm, row.batch, row.seconds) == ("h200", "ours-none", 32, 0.045)
     assert (row.allocated_bytes, row.source) == (5_600_000_000, "bench/results/step_x.json")
     lines = scaling_page.plans(found).splitlines()
+    assert lines[0] == "**Bold** was measured. All else is modelled."
     assert all(("**" in line) == ("H200" in line) for line in lines if line.startswith(("| 8 ×", "| 32 ×", "| 64 ×")))
     assert "bench/results/step_x.json (ours-none, batch 32)" in lines[-1]
     assert Calibration.from_json(json.loads(scaling_page.as_json(found))) == found

@@ -25,6 +25,18 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def environment_of(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process on this machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
 def run_world(size: int, work: Callable[[int], Any], folder: Path) -> None:
     """Call ``work(rank)`` in ``size`` processes; what rank r returns is in ``folder/rank_r.json`` afterwards."""
     folder.mkdir(parents=True)
@@ -40,14 +52,7 @@ def run_world(size: int, work: Callable[[int], Any], folder: Path) -> None:
 
 
 def _be_rank(rank: int, size: int, port: int, work: Callable[[int], Any], folder: Path) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= environment_of(rank, size, port)
     status = 0
     with (folder / f"stderr_{rank}.txt").open("w") as errors:
         os.dup2(errors.fileno(), 2)

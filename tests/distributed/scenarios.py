@@ -242,6 +242,8 @@ def all_scenarios(root: Path, manifest: Path) -> dict[str, tuple[int, Callable[[
     run("run_ddp_goes_on", 2, into="stopped_fsdp2")
     run("run_4", 4, "--train.batch_size", "1", "--mask.strategy", "tube")
     run("run_1_tube", 1, "--train.batch_size", "4", "--mask.strategy", "tube")
+    run("run_2_tube_begins", 2, "--mask.strategy", "tube", wrapped=broken_data, into="stopped_tube")
+    run("run_4_goes_on", 4, "--train.batch_size", "1", "--mask.strategy", "tube", into="stopped_tube")
     run("run_other_batch", 4, into="run_2")
     run("run_slow", 2, "--train.steps", "3", wrapped=slow_command)
     run("run_full_disk", 2, "--checkpoint.every", "2", wrapped=full_disk)

@@ -6,16 +6,19 @@ import json
 import numpy as np
 import pytest
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from adamae_fast.cli import main
 from adamae_fast.config import DataConfig, MaskConfig, ModelConfig, PretrainConfig, TrainConfig
 from adamae_fast.config_distributed import DistributedConfig
+from adamae_fast.model.block import Block
 from adamae_fast.plan import dry_run, network, shares
 from adamae_fast.plan.calibration import calibration
 from adamae_fast.plan.hardware import GPUS
 from adamae_fast.plan.options import PlanOptions
 from adamae_fast.plan.planner import make_plan
 from adamae_fast.plan.shares import Parameters, share_of, state_bytes
+from adamae_fast.train.compile import compile_blocks
 
 NANO = ModelConfig(size="nano", num_frames=4, frame_size=64)
 
@@ -45,6 +48,46 @@ def test_replicas_keep_everything():
     found = dry_run.rehearse(config, 5, 64)
     assert (found.weights, found.gradients, found.moments) == (4 * total, 4 * total, 8 * total)
     assert found.total == state_bytes(config, Parameters.of(config), 64, 5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_blocks_that_recompute_are_compiled_before_they_are_shared(mode, monkeypatch):
+    """A back end that only traces sees a graph of each kind of block, and nothing else is kept."""
+    plain = dry_run.rehearse(recipe(mode), 0, 64)
+    traced = []
+
+    def keep(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    def compile_and_look(model, backend):
+        assert backend == "eager"
+        assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert {module.recompute for module in model.modules() if isinstance(module, Block)} == {"block"}
+        compile_blocks(model, keep)
+
+    monkeypatch.setattr(dry_run, "compile_blocks", compile_and_look)
+    found = dry_run.rehearse(recipe(mode, recompute="block", compile=True), 0, 64)
+    assert found == dataclasses.replace(plain, modelled_peak=found.modelled_peak)
+    assert len(traced) >= 3  # encoder, sampler, decoder
+
+
+def test_the_peak_beside_what_is_counted_is_the_plan_s():
+    options = PlanOptions(gpu="h100", num_gpus=64, dataset="k400")
+    config = recipe()
+    first, last = (dry_run.rehearse(config, rank, 64) for rank in (0, 63))
+    figure = make_plan(config, options, calibration()).figures["memory_bytes"]
+    assert figure.basis == "modelled"
+    assert first.modelled_peak == pytest.approx(1e9 * figure.value)
+    assert first.modelled_peak - last.modelled_peak == pytest.approx(first.total - last.total)
+
+
+def test_words_say_what_is_set_up():
+    told = dry_run.describe(recipe(recompute="fc1", compile=True, accumulate=3), [0, 63], 64)
+    assert "processes 0 and 63 of 64, recompute fc1 → compile" in told
+    assert "→ fsdp2, and a step of 2 passes with one clip" in told
+    assert "process 0 of 1, the plain model, and a step of 1 pass with one clip" in dry_run.describe(recipe(), [0], 1)
 
 
 def test_shares_cover_every_number_once_and_the_first_process_has_most():
@@ -98,10 +141,14 @@ def test_the_command_tells_what_it_found(capsys):
     assert main(["plan", *arguments, "--distributed.mode", "fsdp2", "--dry-run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["dry_run"]
     assert [process["rank"] for process in found["processes"]] == [0, 63]
+    assert all(process["modelled_peak"] > process["weights"] for process in found["processes"])
+    assert "processes 0 and 63 of 64" in found["rehearsed"]
     assert found["stream"]["num_places"] > 240_436
     assert main(["plan", *arguments, "--num-gpus", "1", "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert "kept after a step, of 1 processes" in text
+    assert "counted after a step of 1 processes" in text
+    assert "(modelled)" in text
+    assert "set up: process 0 of 1, " in text
     assert "each is seen by exactly one process" in text
 
 
