@@ -1,0 +1,452 @@
+"""The paper's Table 1 in miniature: ``python -m bench.ablation --preset cpu``.
+
+Videos are the rendered action set (``adamae_fast/data/actions.py``), whose fourteen classes differ in motion alone.
+Every row of the table (``bench/table1.py``) is pre-trained with the same budget but for (e), then fine-tuned and probed
+by one recipe each, with each of the seeds. A last row, "no pre-training", says what the recipes reach without any.
+
+Figures of a run, all of the validation videos, whose looks no training video has:
+
+* **fine-tuned**: top-1 after the last step, on the centre clip of each video;
+* **probe**: top-1 of a linear head on frozen, pooled features, the best of its learning rates;
+* **adaptivity**: how much more often visible tokens lie on what moves than tokens do (``report/adaptivity.py``);
+* **entropy** of the sampler's p over ln N: 1 is uniform.
+
+Runs share the cores of a CPU, one thread each, so that their figures do not depend on how many run at once: the same
+command gives the same CSV. Every training is done once: stopped at any moment, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+
+from adamae_fast.config import ModelConfig, PretrainConfig, load_config, load_run_config
+from adamae_fast.config_features import FeatureDataConfig, ProbeConfig
+from adamae_fast.config_finetune import FinetuneConfig, ValConfig
+from adamae_fast.data.actions import ACTIONS
+from adamae_fast.data.manifest import read_manifest
+from adamae_fast.data.synthetic import read_boxes
+from adamae_fast.errors import RunStoppedError
+from adamae_fast.features.probe import probe
+from adamae_fast.model.adamae import AdaMAE
+from adamae_fast.model.sizes import SIZES
+from adamae_fast.plan import work
+from adamae_fast.report.adaptivity import adaptivity_figure, box_coverage, sampler_logits
+from adamae_fast.report.pictures import Panel, draw_strip, strip_columns
+from adamae_fast.report.visualize import picture_clip, read_center_clip
+from adamae_fast.run_folder import RunFolder, read_json_lines
+from adamae_fast.train.finetune import finetune
+from adamae_fast.train.pretrain import pretrain
+from bench import command, conditions, table1
+from bench.results import Row
+from bench.trainings import action_videos, seconds_of, train_once
+
+PRETRAINING = conditions.ROOT / "configs" / "actions.yaml"
+FINETUNING = conditions.ROOT / "configs" / "finetune_actions.yaml"
+
+SEEDS = (0, 1, 2)
+DEPTH = 4
+"""Blocks of the decoder, where a row says nothing else: the paper's."""
+
+NO_PRETRAINING = table1.Case("no pre-training", "scratch", math.nan)
+
+COLUMNS = (
+    "part", "case", "seed", "visible", "tokens", "top1", "probe", "adaptivity", "untrained", "entropy", "error",
+    "kept_bytes", "kept_bytes_vitb", "settings",
+)  # fmt: skip
+"""Of the CSV: what the seed decides, and nothing that a clock does."""
+
+NUM_BOXED = 280
+"""Videos of the adaptivity figure."""
+
+REPEATS = 8
+"""Masks drawn for each of them."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much is spent on each run."""
+
+    device: str
+    num_videos: int
+    num_val: int
+    pretrain_steps: int
+    finetune_steps: int
+    probe_videos: int
+    """Training videos whose features the probe sees."""
+    passes: int
+    """Through the training videos from one validation to the next; it only watches."""
+    frame_size: int
+    batch_size: int
+    repeat: int
+    """Crops of one decoded video."""
+
+
+PRESETS = {
+    "cpu": Preset("cpu", 4200, 420, 800, 400, 1400, 20, 32, 32, 4),
+    "gpu": Preset("cuda", 14000, 1400, 1500, 800, 7000, 20, 64, 128, 4),
+    "quick": Preset("cpu", 28, 14, 2, 2, 14, 1, 32, 4, 2),
+}
+"""quick is for tests: its figures mean nothing."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row with one seed."""
+
+    case: table1.Case
+    seed: int
+    preset: Preset
+    work: Path
+
+    @property
+    def folder(self) -> Path:
+        """Of its trainings. Rows that are the same configuration share it."""
+        digest = hashlib.sha256(json.dumps(self.overrides(), sort_keys=True).encode()).hexdigest()[:8]
+        name = "scratch" if self.case is NO_PRETRAINING else f"{self.case.mask.strategy}-{self.case.mask.ratio:g}"
+        return self.work / f"{name}-{digest}" / f"seed{self.seed}"
+
+    def overrides(self) -> dict[str, object]:
+        """What its pre-training has in place of the recipe's keys."""
+        preset, case = self.preset, self.case
+        recipe = load_config(PRETRAINING)
+        sampler = case.model.sampler
+        if sampler.width is not None:
+            own, papers = (SIZES[size].encoder.width for size in (recipe.model.size, ModelConfig().size))
+            sampler = replace(sampler, width=sampler.width * own // papers)
+        overrides: dict[str, object] = {
+            "model.frame_size": preset.frame_size,
+            "model.decoder.depth": case.model.decoder.depth or DEPTH,
+            **{f"model.sampler.{key}": value for key, value in asdict(sampler).items()},
+            **{f"mask.{key}": value for key, value in asdict(case.mask).items()},
+            **{f"loss.{key}": value for key, value in asdict(case.loss).items()},
+            "data.repeat": preset.repeat,
+            "train.batch_size": preset.batch_size,
+            "train.steps": max(1, round(case.share * preset.pretrain_steps)),
+        }
+        if case is NO_PRETRAINING:  # a step that changes nothing leaves a checkpoint of the first weights to probe
+            overrides |= {"optim.base_lr": 1e-12, "optim.min_lr": 0.0, "train.steps": 1}
+        return overrides
+
+
+def settings_of(preset: Preset) -> str:
+    """Everything but row and seed that decides a figure, in eight letters."""
+    recipes = [path.read_text() for path in (PRETRAINING, FINETUNING)]
+    return hashlib.sha256(json.dumps([asdict(preset), *recipes]).encode()).hexdigest()[:8]
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Pre-train, fine-tune, probe, measure: what is not done yet."""
+    path = job.folder / "row.json"
+    if path.is_file():
+        return dict(json.loads(path.read_text()))
+    torch.set_num_threads(1 if job.preset.device == "cpu" else os.cpu_count() or 1)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (job.folder / "log.txt").open("a") as log:
+        console = Console(file=log, width=120)
+        pretrained = pretrain_once(job, console)
+        finetune_once(job, pretrained, console)
+        probed = probe_once(job, pretrained, console)
+    row = {**figures_of(job, pretrained), "probe": probed, "top1": last_top1(job.folder / "finetune")}
+    parts = {part: round(seconds_of(job.folder / part), 1) for part in ("pretrain", "finetune", "probe")}
+    row |= {"seconds": parts, "steps": RunFolder(pretrained).list_checkpoints()[-1].name}
+    path.write_text(json.dumps(row))
+    return row
+
+
+def pretrain_once(job: Job, console: Console) -> Path:
+    """The run's folder."""
+    folder = job.folder / "pretrain"
+    overrides = {
+        **job.overrides(),
+        "output_dir": folder,
+        "data.manifest": job.work / "videos" / "train.txt",
+        "data.num_workers": 0,
+        "train.device": job.preset.device,
+        "seed": job.seed,
+        "checkpoint.every": 10**9,
+        "log.tensorboard": False,
+    }
+    train_once(folder, lambda: pretrain(load_config(PRETRAINING, overrides), console))
+    return folder
+
+
+def finetune_once(job: Job, pretrained: Path, console: Console) -> None:
+    """From the encoder of ``pretrained``."""
+    folder, preset = job.folder / "finetune", job.preset
+    overrides: dict[str, object] = {
+        "output_dir": folder,
+        "model.frame_size": preset.frame_size,
+        "data.manifest": job.work / "videos" / "train-passes.txt",
+        "val.manifest": job.work / "videos" / "val.txt",
+        "data.num_workers": 0,
+        "data.repeat": preset.repeat,
+        "train.batch_size": preset.batch_size,
+        "train.steps": preset.finetune_steps,
+        "train.device": preset.device,
+        "seed": job.seed,
+        "checkpoint.every": 10**9,
+        "log.tensorboard": False,
+    }
+    if job.case is not NO_PRETRAINING:
+        overrides["init"] = pretrained
+    train_once(folder, lambda: finetune(load_run_config(FINETUNING, FinetuneConfig, overrides), console))
+
+
+def last_top1(folder: Path) -> float:
+    """Accuracy after the last step."""
+    return float(read_json_lines(RunFolder(folder).validation)[-1]["top1"])
+
+
+def probe_once(job: Job, pretrained: Path, console: Console) -> float:
+    """Accuracy of the best linear head."""
+    folder = job.folder / "probe"
+    videos = job.work / "videos"
+    options = ProbeConfig(
+        output_dir=str(folder),
+        data=FeatureDataConfig(manifest=str(videos / "probe.txt"), num_workers=0),
+        val=ValConfig(manifest=str(videos / "val.txt")),
+        device=job.preset.device,
+        seed=job.seed,
+    )
+    start = time.perf_counter()
+    results = probe(str(pretrained), options, console)
+    if results is None:
+        raise RunStoppedError("stopped while it probed; the same command goes on")
+    with (folder / "seconds.jsonl").open("a") as file:
+        file.write(json.dumps({"seconds": time.perf_counter() - start}) + "\n")
+    return float(results["top1"])  # type: ignore[arg-type]
+
+
+def figures_of(job: Job, pretrained: Path) -> dict[str, Any]:
+    """What is measured on the pre-trained model itself, and what follows from its configuration."""
+    config = load_config(RunFolder(pretrained).config)
+    model = AdaMAE.from_pretrained(pretrained).to(job.preset.device)
+    lines = read_json_lines(RunFolder(pretrained).metrics)[-5:]
+    videos = job.work / "videos" / "val.txt"
+    adaptivity, entropy = adaptivity_of(model, config, videos)
+    untrained = None
+    if model.sampler is not None:
+        torch.manual_seed(config.seed)
+        fresh = AdaMAE(config.model, config.mask, config.loss).to(job.preset.device)
+        untrained = adaptivity_of(fresh, config, videos)[0]
+    return {
+        "visible": model.num_visible,
+        "tokens": model.grid.num_tokens,
+        "adaptivity": adaptivity,
+        "untrained": untrained,
+        "entropy": entropy,
+        "error": statistics.fmean(line["loss_reconstruction"] for line in lines),
+        "kept_bytes": work.kept_bytes(config.model, config.mask, "none").total(),
+        "kept_bytes_vitb": work.kept_bytes(job.case.model, job.case.mask, "none").total(),
+    }
+
+
+def adaptivity_of(model: AdaMAE, config: PretrainConfig, manifest: Path) -> tuple[float, float | None]:
+    """Of masks as they are drawn for the first videos of ``manifest``; and the mean entropy of p over ln N."""
+    clips, coverages = [], []
+    for entry in read_manifest(str(manifest))[:NUM_BOXED]:
+        boxes_TO4 = read_boxes(entry.path)
+        assert boxes_TO4 is not None
+        clip = read_center_clip(entry, config)
+        clips.append(clip.video_CTHW)
+        coverages.append(box_coverage(boxes_TO4, clip.frame_ids, clip.crop, model.grid))
+    logits_BN, entropy = None, None
+    if model.sampler is not None:
+        logits_BN = sampler_logits(model, torch.stack(clips), 64).cpu()
+        log_p_BN = logits_BN.double().log_softmax(1)
+        entropy = float(-(log_p_BN.exp() * log_p_BN).sum(1).mean() / math.log(model.grid.num_tokens))
+    seeds_RB = torch.randint(2**63 - 1, (REPEATS, len(clips)), generator=torch.Generator().manual_seed(0))
+    drawn = [model.strategy(model.grid, model.mask_config.ratio, seeds_B, logits_BN) for seeds_B in seeds_RB]
+    ids_RBK = torch.stack([split.visible_ids_BK for split in drawn]).numpy()
+    return float(adaptivity_figure(torch.tensor(coverages).numpy(), ids_RBK)["value"]), entropy
+
+
+def prepare(preset: Preset, folder: Path) -> None:
+    """Render the videos, and list those that each part reads."""
+    share = preset.num_val / preset.num_videos
+    videos = action_videos(folder / "videos", preset.num_videos, load_config(PRETRAINING), 0, share)
+    lines = (videos / "train.txt").read_text().splitlines(keepends=True)
+    (videos / "train-passes.txt").write_text("".join(lines) * preset.passes)
+    (videos / "probe.txt").write_text("".join(lines[: preset.probe_videos]))
+
+
+PICTURED = ("adaptive 95 %", "random 90 %", "tube 90 %", "frame 87.5 %")
+"""Rows of part (a) whose masks are drawn, with the first seed."""
+
+
+def mask_picture(jobs: Sequence[Job]) -> Image.Image:
+    """The masks of ``jobs`` on the first video for validation, below it and what a sampler of the first one says."""
+    panels: list[Panel] = []
+    for job in jobs:
+        folder = job.folder / "pretrain"
+        config, model = load_config(RunFolder(folder).config), AdaMAE.from_pretrained(folder)
+        entry = read_manifest(str(job.work / "videos" / "val.txt"))[0]
+        clip = read_center_clip(entry, config)
+        drawn = {panel.name: panel for panel in picture_clip(model, clip.video_CTHW, mask_seed=0)}
+        if not panels:
+            panels = [drawn[name] for name in ("Input", "Probability") if name in drawn]
+        panels.append(replace(drawn["Mask"], name=job.case.mask.strategy))
+    return draw_strip(panels, strip_columns(model.grid), frame_ids=clip.frame_ids.tolist())
+
+
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """All that was asked for, the rows of a seed before those of the next."""
+    cases = [case for case in (*table1.CASES, NO_PRETRAINING) if case.part.startswith(options.part)]
+    if options.only:
+        cases = [case for case in cases if case.name in options.only]
+        if missing := set(options.only) - {case.name for case in cases}:
+            known = ", ".join(dict.fromkeys(case.name for case in table1.CASES))
+            raise ValueError(f"--only: {', '.join(sorted(missing))} is no row of the table; choose from {known}")
+    return [Job(case, seed, PRESETS[options.preset], options.work) for seed in options.seeds for case in cases]
+
+
+def carry_out(jobs: Sequence[Job], processes: int, budget: float | None) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Yield jobs with what :func:`run` found, as they end. After ``budget`` seconds, no other one is begun."""
+    end = time.monotonic() + (math.inf if budget is None else budget)
+    waiting = list({job.folder: job for job in jobs}.values())
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        running: dict[Future[dict[str, Any]], Job] = {}
+        try:
+            while running or (waiting and time.monotonic() < end):
+                while waiting and len(running) < processes and time.monotonic() < end:
+                    job = waiting.pop(0)
+                    running[pool.submit(run, job)] = job
+                done = next(as_completed(running))
+                job = running.pop(done)
+                yield job, done.result()
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def rows_of(jobs: Sequence[Job], found: dict[Path, dict[str, Any]], settings: str) -> list[Row]:
+    """Lines of the CSV."""
+    rows = []
+    for job in jobs:
+        if (figures := found.get(job.folder)) is None:
+            continue
+        row = {"part": job.case.part, "case": job.case.name, "seed": str(job.seed), "settings": settings}
+        for key in COLUMNS:
+            if key not in row:
+                value = figures[key]
+                row[key] = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+        rows.append({key: row[key] for key in COLUMNS})
+    return rows
+
+
+def merged(path: Path, rows: list[Row]) -> list[Row]:
+    """The rows, beside those of the same settings that the file has and that were not measured now, in their order."""
+    measured = {(row["part"], row["case"], row["seed"]) for row in rows}
+    if path.is_file():
+        with path.open(newline="") as file:
+            before = list(csv.DictReader(file))
+        rows = [
+            row
+            for row in before
+            if row["settings"] in {row["settings"] for row in rows}
+            and (row["part"], row["case"], row["seed"]) not in measured
+        ] + rows
+    order = [(case.part, case.name) for case in (*table1.CASES, NO_PRETRAINING)]
+    return sorted(rows, key=lambda row: (order.index((row["part"], row["case"])), int(row["seed"])))
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """Write the file as it is committed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.ablation", description=__doc__)
+    parser.add_argument("--preset", choices=[name for name in PRESETS if name != "quick"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="28 videos, 2 steps a run; writes no file of its own")
+    parser.add_argument("--part", default="", metavar="(a)", help="only rows of this part of the table")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only rows of these names")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--work", type=Path, help="folder of videos and runs (default: runs/ablation-PRESET)")
+    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--processes", type=int, help="runs at once (default: one for each core; 4 on a GPU)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no run after so long; call again")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.preset = "quick"
+    options.work = options.work or Path(f"runs/ablation-{options.preset}")
+    cores = len(os.sched_getaffinity(0))
+    options.processes = options.processes or (4 if PRESETS[options.preset].device == "cuda" else cores)
+    if options.processes < 1:
+        raise ValueError(f"--processes {options.processes}: choose at least 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Render, train, measure, write; return 1 while rows are missing."""
+    options = options_of(arguments)
+    preset = PRESETS[options.preset]
+    taken = conditions.collect(torch.device(preset.device))
+    settings = settings_of(preset)
+    jobs = jobs_of(options)
+    found: dict[Path, dict[str, Any]] = {}
+    num_runs = len({job.folder for job in jobs})
+    start = time.perf_counter()
+    with command.progress(num_runs) as (say, advance):
+        say("rendering")
+        prepare(preset, options.work)
+        say(f"{num_runs} runs, {options.processes} at once")
+        for job, figures in carry_out(jobs, options.processes, options.budget):
+            found[job.folder] = figures
+            say(f"{job.case.part} {job.case.name}, seed {job.seed}: top-1 {figures['top1']:.1%}")
+            advance()
+    out = options.out or (None if options.quick else command.RESULTS)
+    rows = rows_of(jobs, found, settings)
+    if out is not None:
+        path = out / f"ablation_{conditions.slug(taken)}.csv"
+        write_csv(path, merged(path, rows))
+        print(f"written: {path}")
+        pictured = [job for name in PICTURED for job in jobs if job.case.name == name and job.folder in found]
+        firsts = [job for job in pictured if job.seed == pictured[0].seed]
+        if len(firsts) == len(PICTURED):
+            mask_picture(firsts).save(path.with_suffix(".png"))
+            print(f"written: {path.with_suffix('.png')}")
+    result = {
+        "conditions": taken,
+        "preset": options.preset,
+        "settings": settings,
+        "budget": asdict(preset),
+        "classes": len(ACTIONS),
+        "num_frames": load_config(PRETRAINING).model.num_frames,
+        "seconds_in_all": round(time.perf_counter() - start, 1),
+        "processes": options.processes,
+        "rows": [
+            {"part": job.case.part, "case": job.case.name, "seed": job.seed, **found[job.folder]["seconds"]}
+            for job in jobs
+            if job.folder in found
+        ],
+    }
+    command.finish("ablation", result, options)
+    return 0 if len(found) == num_runs else 1
+
+
+if __name__ == "__main__":
+    command.run(main)
