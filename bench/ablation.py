@@ -29,9 +29,11 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -99,11 +101,18 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset("cpu", 4200, 420, 800, 400, 1400, 20, 32, 32, 4),
+    "cpu": Preset("cpu", 4200, 420, 300, 140, 1400, 20, 32, 32, 4),
     "gpu": Preset("cuda", 14000, 1400, 1500, 800, 7000, 20, 64, 128, 4),
     "quick": Preset("cpu", 28, 14, 2, 2, 14, 1, 32, 4, 2),
 }
-"""quick is for tests: its figures mean nothing."""
+"""cpu is to take an hour on two cores, and gpu nine minutes for each part of the table on an H200: by arithmetic from the
+time of a step, neither has been run yet. quick is for tests: its figures mean nothing."""
+
+
+@cache
+def pretraining_recipe() -> PretrainConfig:
+    """What the rows change."""
+    return load_config(PRETRAINING)
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,8 @@ class Job:
     seed: int
     preset: Preset
     work: Path
+    videos: Path
+    """What :func:`prepare` made."""
 
     @property
     def folder(self) -> Path:
@@ -124,8 +135,7 @@ class Job:
 
     def overrides(self) -> dict[str, object]:
         """What its pre-training has in place of the recipe's keys."""
-        preset, case = self.preset, self.case
-        recipe = load_config(PRETRAINING)
+        preset, case, recipe = self.preset, self.case, pretraining_recipe()
         sampler = case.model.sampler
         if sampler.width is not None:
             own, papers = (SIZES[size].encoder.width for size in (recipe.model.size, ModelConfig().size))
@@ -176,7 +186,7 @@ def pretrain_once(job: Job, console: Console) -> Path:
     overrides = {
         **job.overrides(),
         "output_dir": folder,
-        "data.manifest": job.work / "videos" / "train.txt",
+        "data.manifest": job.videos / "train.txt",
         "data.num_workers": 0,
         "train.device": job.preset.device,
         "seed": job.seed,
@@ -193,8 +203,8 @@ def finetune_once(job: Job, pretrained: Path, console: Console) -> None:
     overrides: dict[str, object] = {
         "output_dir": folder,
         "model.frame_size": preset.frame_size,
-        "data.manifest": job.work / "videos" / "train-passes.txt",
-        "val.manifest": job.work / "videos" / "val.txt",
+        "data.manifest": job.videos / "train-passes.txt",
+        "val.manifest": job.videos / "val.txt",
         "data.num_workers": 0,
         "data.repeat": preset.repeat,
         "train.batch_size": preset.batch_size,
@@ -217,7 +227,7 @@ def last_top1(folder: Path) -> float:
 def probe_once(job: Job, pretrained: Path, console: Console) -> float:
     """Accuracy of the best linear head."""
     folder = job.folder / "probe"
-    videos = job.work / "videos"
+    videos = job.videos
     options = ProbeConfig(
         output_dir=str(folder),
         data=FeatureDataConfig(manifest=str(videos / "probe.txt"), num_workers=0),
@@ -239,7 +249,7 @@ def figures_of(job: Job, pretrained: Path) -> dict[str, Any]:
     config = load_config(RunFolder(pretrained).config)
     model = AdaMAE.from_pretrained(pretrained).to(job.preset.device)
     lines = read_json_lines(RunFolder(pretrained).metrics)[-5:]
-    videos = job.work / "videos" / "val.txt"
+    videos = job.videos / "val.txt"
     adaptivity, entropy = adaptivity_of(model, config, videos)
     untrained = None
     if model.sampler is not None:
@@ -275,16 +285,17 @@ def adaptivity_of(model: AdaMAE, config: PretrainConfig, manifest: Path) -> tupl
     seeds_RB = torch.randint(2**63 - 1, (REPEATS, len(clips)), generator=torch.Generator().manual_seed(0))
     drawn = [model.strategy(model.grid, model.mask_config.ratio, seeds_B, logits_BN) for seeds_B in seeds_RB]
     ids_RBK = torch.stack([split.visible_ids_BK for split in drawn]).numpy()
-    return float(adaptivity_figure(torch.tensor(coverages).numpy(), ids_RBK)["value"]), entropy
+    return float(adaptivity_figure(np.stack(coverages), ids_RBK)["value"]), entropy
 
 
-def prepare(preset: Preset, folder: Path) -> None:
-    """Render the videos, and list those that each part reads."""
+def prepare(preset: Preset, work: Path) -> Path:
+    """Render the videos, and list those that each part reads; return their folder."""
     share = preset.num_val / preset.num_videos
-    videos = action_videos(folder / "videos", preset.num_videos, load_config(PRETRAINING), 0, share)
+    videos = action_videos(work, preset.num_videos, pretraining_recipe(), 0, share)
     lines = (videos / "train.txt").read_text().splitlines(keepends=True)
     (videos / "train-passes.txt").write_text("".join(lines) * preset.passes)
     (videos / "probe.txt").write_text("".join(lines[: preset.probe_videos]))
+    return videos
 
 
 PICTURED = ("adaptive 95 %", "random 90 %", "tube 90 %", "frame 87.5 %")
@@ -297,7 +308,7 @@ def mask_picture(jobs: Sequence[Job]) -> Image.Image:
     for job in jobs:
         folder = job.folder / "pretrain"
         config, model = load_config(RunFolder(folder).config), AdaMAE.from_pretrained(folder)
-        entry = read_manifest(str(job.work / "videos" / "val.txt"))[0]
+        entry = read_manifest(str(job.videos / "val.txt"))[0]
         clip = read_center_clip(entry, config)
         drawn = {panel.name: panel for panel in picture_clip(model, clip.video_CTHW, mask_seed=0)}
         if not panels:
@@ -306,15 +317,15 @@ def mask_picture(jobs: Sequence[Job]) -> Image.Image:
     return draw_strip(panels, strip_columns(model.grid), frame_ids=clip.frame_ids.tolist())
 
 
-def jobs_of(options: argparse.Namespace) -> list[Job]:
-    """All that was asked for, the rows of a seed before those of the next."""
+def cases_of(options: argparse.Namespace) -> list[table1.Case]:
+    """The rows that were asked for. Raises ValueError for one that is not there."""
     cases = [case for case in (*table1.CASES, NO_PRETRAINING) if case.part.startswith(options.part)]
     if options.only:
         cases = [case for case in cases if case.name in options.only]
         if missing := set(options.only) - {case.name for case in cases}:
             known = ", ".join(dict.fromkeys(case.name for case in table1.CASES))
             raise ValueError(f"--only: {', '.join(sorted(missing))} is no row of the table; choose from {known}")
-    return [Job(case, seed, PRESETS[options.preset], options.work) for seed in options.seeds for case in cases]
+    return cases
 
 
 def carry_out(jobs: Sequence[Job], processes: int, budget: float | None) -> Iterator[tuple[Job, dict[str, Any]]]:
@@ -406,13 +417,15 @@ def main(arguments: list[str] | None = None) -> int:
     preset = PRESETS[options.preset]
     taken = conditions.collect(torch.device(preset.device))
     settings = settings_of(preset)
-    jobs = jobs_of(options)
+    cases = cases_of(options)
     found: dict[Path, dict[str, Any]] = {}
-    num_runs = len({job.folder for job in jobs})
     start = time.perf_counter()
-    with command.progress(num_runs) as (say, advance):
+    with command.progress(len(cases) * len(options.seeds)) as (say, advance):
         say("rendering")
-        prepare(preset, options.work)
+        videos = prepare(preset, options.work)
+        # The rows of a seed before those of the next.
+        jobs = [Job(case, seed, preset, options.work, videos) for seed in options.seeds for case in cases]
+        num_runs = len({job.folder for job in jobs})
         say(f"{num_runs} runs, {options.processes} at once")
         for job, figures in carry_out(jobs, options.processes, options.budget):
             found[job.folder] = figures
@@ -435,7 +448,7 @@ def main(arguments: list[str] | None = None) -> int:
         "settings": settings,
         "budget": asdict(preset),
         "classes": len(ACTIONS),
-        "num_frames": load_config(PRETRAINING).model.num_frames,
+        "num_frames": pretraining_recipe().model.num_frames,
         "seconds_in_all": round(time.perf_counter() - start, 1),
         "processes": options.processes,
         "rows": [

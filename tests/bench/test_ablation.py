@@ -22,14 +22,14 @@ def case(part: str, name: str) -> table1.Case:
     return next(x for x in table1.CASES if (x.part[:3], x.name) == (part, name))
 
 
-def job(of: table1.Case, seed: int = 0, work: Path = Path("work")) -> Job:
-    return Job(of, seed, QUICK, work)
+def job(of: table1.Case, seed: int = 0, work: Path = Path("work"), preset: ablation.Preset = QUICK) -> Job:
+    return Job(of, seed, preset, work, next(work.glob("videos-*"), work))
 
 
 def test_rows_that_are_one_configuration_are_trained_once() -> None:
     names = {"(a)": "adaptive 95 %", "(b)": "0.95", "(c)": "4 blocks", "(d)": "MSE, normalised", "(f)": "1 × 768"}
     assert len({job(case(part, name)).folder for part, name in names.items()}) == 1
-    every = [Job(x, 0, PRESETS["cpu"], Path("work")).folder for x in (*table1.CASES, NO_PRETRAINING)]
+    every = [job(x, preset=PRESETS["cpu"]).folder for x in (*table1.CASES, NO_PRETRAINING)]
     assert len(set(every)) == len(every) - 5  # the default stands in six parts
     assert job(case("(a)", "tube 90 %"), 1).folder != job(case("(a)", "tube 90 %"), 2).folder
 
@@ -53,7 +53,7 @@ def test_a_row_is_what_the_paper_says(part: str, name: str, expected: dict[str, 
 
 def test_shares_of_the_length() -> None:
     preset = PRESETS["cpu"]
-    steps = [Job(x, 0, preset, Path("work")).overrides()["train.steps"] for x in table1.CASES if x.part[:3] == "(e)"]
+    steps = [job(x, preset=preset).overrides()["train.steps"] for x in table1.CASES if x.part[:3] == "(e)"]
     assert steps == [round(preset.pretrain_steps * share) for share in (1 / 4, 5 / 8, 3 / 4, 1)]
 
 
@@ -137,7 +137,7 @@ def study_of(**top1: list[float]) -> Study:
             rows.append({**row, **{name: str(int(x) if x > 1e3 else x) for name, x in figures.items()}})
     taken = {"device": "a CPU", "torch": "2", "commit": "abc", "date": "today", "load": "0"}
     budget = {"num_videos": 28, "num_val": 14, "pretrain_steps": 2, "finetune_steps": 2, "probe_videos": 14}
-    budget |= {"batch_size": 4, "repeat": 2, "frame_size": 32}  # type: ignore[dict-item]
+    budget |= {"batch_size": 4, "repeat": 2, "frame_size": 32}
     about = {
         "conditions": taken,
         "budget": budget,
