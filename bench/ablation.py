@@ -26,12 +26,12 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -105,8 +105,8 @@ PRESETS = {
     "gpu": Preset("cuda", 14000, 1400, 1500, 800, 7000, 20, 64, 128, 4),
     "quick": Preset("cpu", 28, 14, 2, 2, 14, 1, 32, 4, 2),
 }
-"""cpu is to take an hour on two cores, and gpu nine minutes for each part of the table on an H200: by arithmetic from the
-time of a step, neither has been run yet. quick is for tests: its figures mean nothing."""
+"""cpu is to take an hour on two cores, and gpu nine minutes for each part of the table on an H200: by arithmetic from
+the time of a step, neither has been run yet. quick is for tests: its figures mean nothing."""
 
 
 @cache
@@ -131,7 +131,7 @@ class Job:
         """Of its trainings. Rows that are the same configuration share it."""
         digest = hashlib.sha256(json.dumps(self.overrides(), sort_keys=True).encode()).hexdigest()[:8]
         name = "scratch" if self.case is NO_PRETRAINING else f"{self.case.mask.strategy}-{self.case.mask.ratio:g}"
-        return self.work / f"{name}-{digest}" / f"seed{self.seed}"
+        return self.work / settings_of(self.preset) / f"{name}-{digest}" / f"seed{self.seed}"
 
     def overrides(self) -> dict[str, object]:
         """What its pre-training has in place of the recipe's keys."""
@@ -155,6 +155,7 @@ class Job:
         return overrides
 
 
+@cache
 def settings_of(preset: Preset) -> str:
     """Everything but row and seed that decides a figure, in eight letters."""
     recipes = [path.read_text() for path in (PRETRAINING, FINETUNING)]
@@ -363,20 +364,27 @@ def rows_of(jobs: Sequence[Job], found: dict[Path, dict[str, Any]], settings: st
     return rows
 
 
-def merged(path: Path, rows: list[Row]) -> list[Row]:
-    """The rows, beside those of the same settings that the file has and that were not measured now, in their order."""
-    measured = {(row["part"], row["case"], row["seed"]) for row in rows}
-    if path.is_file():
-        with path.open(newline="") as file:
-            before = list(csv.DictReader(file))
-        rows = [
-            row
-            for row in before
-            if row["settings"] in {row["settings"] for row in rows}
-            and (row["part"], row["case"], row["seed"]) not in measured
-        ] + rows
+RowT = TypeVar("RowT", bound=Mapping[str, Any])
+
+
+def merged(before: Sequence[RowT], rows: Sequence[RowT]) -> list[RowT]:
+    """The rows, beside those of the same settings from ``before`` that were not measured now, in the table's order."""
+
+    def which(row: RowT) -> tuple[str, str, int]:
+        return row["part"], row["case"], int(row["seed"])
+
+    measured, settings = {which(row) for row in rows}, {row["settings"] for row in rows}
+    kept = [row for row in before if row["settings"] in settings and which(row) not in measured]
     order = [(case.part, case.name) for case in (*table1.CASES, NO_PRETRAINING)]
-    return sorted(rows, key=lambda row: (order.index((row["part"], row["case"])), int(row["seed"])))
+    return sorted([*kept, *rows], key=lambda row: (order.index(which(row)[:2]), which(row)[2]))
+
+
+def read_csv(path: Path) -> list[Row]:
+    """What is committed; nothing where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
@@ -419,7 +427,6 @@ def main(arguments: list[str] | None = None) -> int:
     settings = settings_of(preset)
     cases = cases_of(options)
     found: dict[Path, dict[str, Any]] = {}
-    start = time.perf_counter()
     with command.progress(len(cases) * len(options.seeds)) as (say, advance):
         say("rendering")
         videos = prepare(preset, options.work)
@@ -431,32 +438,38 @@ def main(arguments: list[str] | None = None) -> int:
             found[job.folder] = figures
             say(f"{job.case.part} {job.case.name}, seed {job.seed}: top-1 {figures['top1']:.1%}")
             advance()
-    out = options.out or (None if options.quick else command.RESULTS)
-    rows = rows_of(jobs, found, settings)
-    if out is not None:
-        path = out / f"ablation_{conditions.slug(taken)}.csv"
-        write_csv(path, merged(path, rows))
+    result = {
+        "conditions": taken,
+        "preset": options.preset,
+        "budget": asdict(preset),
+        "classes": len(ACTIONS),
+        "num_frames": pretraining_recipe().model.num_frames,
+        "processes": options.processes,
+        "rows": [
+            {
+                "part": job.case.part,
+                "case": job.case.name,
+                "seed": job.seed,
+                "settings": settings,
+                "run": job.folder.parent.name,
+                **found[job.folder]["seconds"],
+            }
+            for job in jobs
+            if job.folder in found
+        ],
+    }
+    json_path = command.result_path("ablation", result, options)
+    if json_path is not None:
+        path = json_path.with_suffix(".csv")
+        write_csv(path, merged(read_csv(path), rows_of(jobs, found, settings)))
         print(f"written: {path}")
+        if json_path.is_file():
+            result["rows"] = merged(json.loads(json_path.read_text())["rows"], result["rows"])
         pictured = [job for name in PICTURED for job in jobs if job.case.name == name and job.folder in found]
         firsts = [job for job in pictured if job.seed == pictured[0].seed]
         if len(firsts) == len(PICTURED):
             mask_picture(firsts).save(path.with_suffix(".png"))
             print(f"written: {path.with_suffix('.png')}")
-    result = {
-        "conditions": taken,
-        "preset": options.preset,
-        "settings": settings,
-        "budget": asdict(preset),
-        "classes": len(ACTIONS),
-        "num_frames": pretraining_recipe().model.num_frames,
-        "seconds_in_all": round(time.perf_counter() - start, 1),
-        "processes": options.processes,
-        "rows": [
-            {"part": job.case.part, "case": job.case.name, "seed": job.seed, **found[job.folder]["seconds"]}
-            for job in jobs
-            if job.folder in found
-        ],
-    }
     command.finish("ablation", result, options)
     return 0 if len(found) == num_runs else 1
 
