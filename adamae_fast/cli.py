@@ -236,6 +236,7 @@ _MEASUREMENTS = {
     "real_decode": "training on decoded videos against training on clips that are on the device already",
     "data_memory": "memory of a process that opens thousands of videos",
     "transfer": "accuracy of fine-tuning after pre-training and from scratch, on rendered actions",
+    "ablation": "the paper's Table 1 in miniature, on rendered actions: accuracy, probe, where masks look",
     "scaling": "two processes against one on the CPU: efficiency, and what of the exchange hides; a smoke figure",
     "run": "single operations against plain PyTorch and torch.compile",
     "gpu": "all of these on a GPU machine, resumed where they were cut off",
@@ -309,7 +310,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, arguments: list[str]) -> int:
     command = COMMANDS[name]
-    parser = ArgumentParser(prog=f"adamae-fast {name}", description=command.summary, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"adamae-fast {name}", description=command.summary, exit_on_error=False, allow_abbrev=False
+    )
     try:
         if name == "bench" and not arguments:
             raise ValueError(f"name a measurement, such as adamae-fast bench step:\n{_measurements()}")

@@ -568,7 +568,7 @@ def load_run_config(
         raise ValueError(f"config={str(path)!r}: no such file; recipes are in the folder configs/")
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     add_run_arguments(parser, kind)
     arguments = [f"--config={path}"]
     for key, value in (overrides or {}).items():

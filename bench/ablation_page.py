@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,13 +291,16 @@ def picture(study: Study) -> Figure:
     return figure
 
 
-def main(results: Path = RESULTS) -> None:
-    """Write the page of the first study in ``results``."""
-    study = Study.read(sorted(results.glob("ablation_*.csv"))[0])
+def write_page() -> None:
+    """Write the page of the first study among the results."""
+    found = sorted(RESULTS.glob("ablation_*.csv"))
+    if not found:
+        sys.exit(f"error: {RESULTS} holds no ablation_*.csv; run python -m bench.ablation first")
+    study = Study.read(found[0])
     PAGE.write_text(page(study))
     picture(study).savefig(PICTURE, dpi=150, metadata={"Software": None})
     print(f"written: {PAGE.relative_to(conditions.ROOT)}, {PICTURE.relative_to(conditions.ROOT)}")
 
 
 if __name__ == "__main__":
-    main()
+    write_page()

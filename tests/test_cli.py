@@ -51,6 +51,7 @@ def test_unknown_command_is_an_error(capsys):
     [
         (["--mask.ratio", "2"], "mask.ratio=2.0"),
         (["--mask.ratoi", "0.9"], "unrecognized arguments: --mask.ratoi 0.9; did you mean --mask.ratio?"),
+        (["--train.step", "20"], "unrecognized arguments: --train.step 20; did you mean --train.steps?"),
         (["--manifest", "videos.txt"], "did you mean --data.manifest?"),
         (["--data.manifest", "nowhere.txt"], "nowhere.txt"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),

@@ -276,7 +276,7 @@ class _Builder:
         remedies.append("data.decoder=dali")
         self.warnings.append(
             f"the data path is the limit, not the step: {workers} workers feed {self.fed:.0f} clips/s to a GPU that "
-            f"takes {self.rate.slow:.0f} to {self.rate.fast:.0f}; {', '.join(remedies)}"
+            f"takes {self.rate.slow:.0f} to {self.rate.fast:.0f}; one or several of {', '.join(remedies)}"
         )
 
     def storage(self) -> None:
