@@ -11,6 +11,7 @@ Letters: T frames, H, W pixels.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import math
 import os
@@ -534,7 +535,10 @@ def _errors_of_pyav(path: str, if_invalid: str) -> Iterator[None]:
         raise VideoError(path, f"{if_invalid}: {error.strerror}") from error
     # PyAV raises ValueError for pixel formats and sizes that it cannot convert.
     except (av.error.FFmpegError, ValueError) as error:
-        raise VideoError(path, f"FFmpeg: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, av.error.PermissionError) and error.errno == errno.EPERM:
+            reason = "finds no stream that it can read"  # what it returns, -1, merely reads like a matter of permission
+        raise VideoError(path, f"FFmpeg: {reason}") from error
 
 
 def _plain_os(error: Exception) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
@@ -222,6 +223,8 @@ def _write_sound_with_cover(path: Path) -> None:
         container.mux(cover.encode(av.VideoFrame(32, 32, "yuvj420p")))
         container.mux(cover.encode())
         frame = av.AudioFrame(format="s16p", layout="stereo", samples=1152)
+        for plane in frame.planes:  # silence: what memory happened to hold made FFmpeg give up, once in some hundred
+            plane.update(bytes(plane.buffer_size))
         frame.rate = 44100
         container.mux(sound.encode(frame))
         container.mux(sound.encode())
@@ -252,6 +255,15 @@ def test_broken_files(tmp_path: Path, name: str, decoder: DecoderName, capfd: py
     assert caught.value.path == str(tmp_path / name)
     assert "\n" not in caught.value.reason
     assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_readable_is_no_matter_of_permission(monkeypatch: pytest.MonkeyPatch, tiny_videos: list[Path]) -> None:
+    def found_nothing(*args: object, **options: object) -> None:
+        raise av.error.PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(av, "open", found_nothing)
+    with pytest.raises(VideoError, match=r"FFmpeg: finds no stream that it can read$"):
+        open_video(str(tiny_videos[0]))
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
