@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from jsonargparse import ArgumentParser, Namespace
 
-ModelSize = Literal["nano", "small", "base", "large", "huge"]
+ModelSize = Literal["pico", "nano", "small", "base", "large", "huge"]
 SamplerKind = Literal["attention", "mlp"]
 MaskStrategyName = Literal["adaptive", "random", "tube", "frame"]
 ErrorKind = Literal["mse", "l1"]
@@ -203,12 +203,22 @@ class LossConfig:
     sampling_weight: float = 1e-4
     """Factor of the sampling loss in the total; only used by mask.strategy=adaptive."""
 
+    sampling_baseline: float = 0.0
+    """Share of a clip's mean error that is taken off each token's before the sampler learns from it; 0 is the paper's.
+    More makes masks look harder at what is predicted badly; for short trainings on little data (docs/ablation.md)."""
+
     def __post_init__(self) -> None:
         _require(
             self.sampling_weight >= 0,
             "loss.sampling_weight",
             self.sampling_weight,
             "choose 0 (sampler untrained) or a positive factor",
+        )
+        _require(
+            0 <= self.sampling_baseline < 1,
+            "loss.sampling_baseline",
+            self.sampling_baseline,
+            "choose 0 (the paper's) or a share below 1, such as 0.5",
         )
 
 
@@ -245,6 +255,10 @@ class DataConfig:
     num_workers: int = 2
     """Decoding processes; 0 decodes in the training process."""
 
+    cache_gib: float = 0.0
+    """Memory of each decoding process for whole decoded videos, in GiB. A set of short videos that fits is decoded once
+    by each of them; what does not fit is decoded as it is needed. Costs that memory, num_workers times."""
+
     timeout: float = 60.0
     """Seconds that a worker may spend on one video. One that takes longer counts as unreadable."""
 
@@ -255,6 +269,7 @@ class DataConfig:
         _require(self.stride >= 1, "data.stride", self.stride, "choose at least 1")
         _require(self.repeat >= 1, "data.repeat", self.repeat, "choose at least 1")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "choose 0 or more processes")
+        _require(self.cache_gib >= 0, "data.cache_gib", self.cache_gib, "choose 0 (keep nothing) or a size in GiB")
         _require(self.timeout > 0, "data.timeout", self.timeout, "choose a positive number of seconds")
         _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "choose a share in [0, 1]")
         low, high = self.random_resized_scale
@@ -286,6 +301,10 @@ class OptimConfig:
     """Factor on the learning rate for each encoder block towards the input; 1 for one rate everywhere. Below 1 the
     early layers of a model that continues on other data change less."""
 
+    sampler_lr_scale: float = 1.0
+    """Factor on the learning rate for the sampler; 1 is the paper's. AdamW takes steps of one size whatever
+    loss.sampling_weight is, so this is what makes the sampler learn faster or slower than the rest."""
+
     warmup_epochs: float = 40.0
     """Length of the linear warm-up from 0. With train.steps it keeps its share of the run."""
 
@@ -301,6 +320,12 @@ class OptimConfig:
         _require(0 <= self.min_lr <= self.base_lr, "optim.min_lr", self.min_lr, f"choose 0 to base_lr={self.base_lr}")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "choose 0 or more")
         _require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "choose a factor in (0, 1]")
+        _require(
+            self.sampler_lr_scale > 0,
+            "optim.sampler_lr_scale",
+            self.sampler_lr_scale,
+            "choose a positive factor; loss.sampling_weight=0 leaves the sampler untrained",
+        )
         _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "choose 0 or more epochs")
         _require(
             self.clip_grad_norm is None or self.clip_grad_norm > 0,
@@ -493,6 +518,8 @@ class RunConfig:
             messages.append(f"data.random_resized_scale has no effect: data.crop={self.data.crop}")
         if self.data.num_workers == 0 and self.data.timeout != default.timeout:
             messages.append("data.timeout has no effect: data.num_workers=0 has no process that could be ended")
+        if self.data.decoder == "dali" and self.data.cache_gib != default.cache_gib:
+            messages.append("data.cache_gib has no effect: data.decoder=dali decodes on train.device")
         return messages
 
 
@@ -519,8 +546,11 @@ class PretrainConfig(RunConfig):
                 messages.append(f"model.sampler has no effect: {reason}")
             if self.model.attention.sampler != "auto":
                 messages.append(f"model.attention.sampler has no effect: {reason}")
-            if self.loss.sampling_weight != LossConfig().sampling_weight:
-                messages.append(f"loss.sampling_weight has no effect: {reason}")
+            for key in ("sampling_weight", "sampling_baseline"):
+                if getattr(self.loss, key) != getattr(LossConfig(), key):
+                    messages.append(f"loss.{key} has no effect: {reason}")
+            if self.optim.sampler_lr_scale != 1:
+                messages.append(f"optim.sampler_lr_scale has no effect: {reason}")
         elif self.model.sampler.kind == "mlp" and self.model.attention.sampler != "auto":
             messages.append("model.attention.sampler has no effect: model.sampler.kind=mlp has no attention")
         if self.init_weights is not None and self.resume not in ("auto", "none"):

@@ -218,6 +218,7 @@ class FinetuneConfig(RunConfig):
             ("model.decoder", self.model.decoder == DecoderConfig()),
             ("model.attention.sampler", self.model.attention.sampler == AttentionConfig().sampler),
             ("model.attention.decoder", self.model.attention.decoder == AttentionConfig().decoder),
+            ("optim.sampler_lr_scale", self.optim.sampler_lr_scale == 1),
         ):
             if not is_default:
                 messages.append(f"{key} has no effect: {reason}")

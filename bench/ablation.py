@@ -57,7 +57,7 @@ from adamae_fast.train.finetune import finetune
 from adamae_fast.train.pretrain import pretrain
 from bench import command, conditions, table1
 from bench.results import Row
-from bench.trainings import action_videos, seconds_of, train_once
+from bench.trainings import DIRECTIONS, action_videos, list_classes, seconds_of, train_once
 
 PRETRAINING = conditions.ROOT / "configs" / "actions.yaml"
 FINETUNING = conditions.ROOT / "configs" / "finetune_actions.yaml"
@@ -86,6 +86,11 @@ class Preset:
     """How much is spent on each run."""
 
     device: str
+    size: str
+    classes: Sequence[str]
+    """Those that are told apart after pre-training, which sees videos of all."""
+    base_lr: float
+    """Of pre-training, for 256 clips."""
     num_videos: int
     num_val: int
     pretrain_steps: int
@@ -101,12 +106,12 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset("cpu", 4200, 420, 300, 140, 1400, 20, 32, 32, 4),
-    "gpu": Preset("cuda", 14000, 1400, 1500, 800, 7000, 20, 64, 128, 4),
-    "quick": Preset("cpu", 28, 14, 2, 2, 14, 1, 32, 4, 2),
+    "cpu": Preset("cpu", "pico", DIRECTIONS, 2.4e-2, 3220, 1120, 550, 180, 600, 20, 32, 32, 4),
+    "gpu": Preset("cuda", "nano", ACTIONS, 1.2e-2, 14000, 1400, 1500, 800, 7000, 20, 64, 128, 4),
+    "quick": Preset("cpu", "pico", ACTIONS, 2.4e-2, 28, 14, 2, 2, 14, 1, 32, 4, 2),
 }
-"""cpu is to take an hour on two cores, and gpu nine minutes for each part of the table on an H200: by arithmetic from
-the time of a step, neither has been run yet. quick is for tests: its figures mean nothing."""
+"""gpu is to take nine minutes for each part of the table on an H200: by arithmetic from the time of a step, it has not
+been run yet. quick is for tests: its figures mean nothing."""
 
 
 @cache
@@ -135,17 +140,19 @@ class Job:
 
     def overrides(self) -> dict[str, object]:
         """What its pre-training has in place of the recipe's keys."""
-        preset, case, recipe = self.preset, self.case, pretraining_recipe()
+        preset, case = self.preset, self.case
         sampler = case.model.sampler
         if sampler.width is not None:
-            own, papers = (SIZES[size].encoder.width for size in (recipe.model.size, ModelConfig().size))
+            own, papers = (SIZES[size].encoder.width for size in (preset.size, ModelConfig().size))
             sampler = replace(sampler, width=sampler.width * own // papers)
         overrides: dict[str, object] = {
+            "model.size": preset.size,
             "model.frame_size": preset.frame_size,
             "model.decoder.depth": case.model.decoder.depth or DEPTH,
             **{f"model.sampler.{key}": value for key, value in asdict(sampler).items()},
             **{f"mask.{key}": value for key, value in asdict(case.mask).items()},
             **{f"loss.{key}": value for key, value in asdict(case.loss).items()},
+            "optim.base_lr": preset.base_lr,
             "data.repeat": preset.repeat,
             "train.batch_size": preset.batch_size,
             "train.steps": max(1, round(case.share * preset.pretrain_steps)),
@@ -203,9 +210,10 @@ def finetune_once(job: Job, pretrained: Path, console: Console) -> None:
     folder, preset = job.folder / "finetune", job.preset
     overrides: dict[str, object] = {
         "output_dir": folder,
+        "model.size": preset.size,
         "model.frame_size": preset.frame_size,
-        "data.manifest": job.videos / "train-passes.txt",
-        "val.manifest": job.videos / "val.txt",
+        "data.manifest": job.videos / "classes-passes.txt",
+        "val.manifest": job.videos / "classes-val.txt",
         "data.num_workers": 0,
         "data.repeat": preset.repeat,
         "train.batch_size": preset.batch_size,
@@ -231,8 +239,8 @@ def probe_once(job: Job, pretrained: Path, console: Console) -> float:
     videos = job.videos
     options = ProbeConfig(
         output_dir=str(folder),
-        data=FeatureDataConfig(manifest=str(videos / "probe.txt"), num_workers=0),
-        val=ValConfig(manifest=str(videos / "val.txt")),
+        data=FeatureDataConfig(manifest=str(videos / "classes-probe.txt"), num_workers=0),
+        val=ValConfig(manifest=str(videos / "classes-val.txt")),
         device=job.preset.device,
         seed=job.seed,
     )
@@ -293,9 +301,11 @@ def prepare(preset: Preset, work: Path) -> Path:
     """Render the videos, and list those that each part reads; return their folder."""
     share = preset.num_val / preset.num_videos
     videos = action_videos(work, preset.num_videos, pretraining_recipe(), 0, share)
-    lines = (videos / "train.txt").read_text().splitlines(keepends=True)
-    (videos / "train-passes.txt").write_text("".join(lines) * preset.passes)
-    (videos / "probe.txt").write_text("".join(lines[: preset.probe_videos]))
+    listed = list_classes(videos / "classes-passes.txt", videos, "train", preset.classes).read_text()
+    first = listed.splitlines(keepends=True)[: preset.probe_videos]
+    (videos / "classes-probe.txt").write_text("".join(first))
+    (videos / "classes-passes.txt").write_text(listed * preset.passes)
+    list_classes(videos / "classes-val.txt", videos, "val", preset.classes)
     return videos
 
 

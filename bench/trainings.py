@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adamae_fast.config import PretrainConfig
+from adamae_fast.data.actions import ACTIONS
 from adamae_fast.data.synthetic import synthesize
 from adamae_fast.errors import RunStoppedError
 from adamae_fast.run_folder import RunFolder, read_json_lines
+
+DIRECTIONS = ("move-left", "move-right", "move-up", "move-down")
+"""The classes of the action set that a small model learns in some hundred steps; all of them are too much for that
+(bench/LOG.md)."""
 
 
 def seconds_of(folder: Path) -> float:
@@ -53,3 +58,14 @@ def action_videos(work: Path, num_videos: int, recipe: PretrainConfig, seed: int
             val_share=val_share,
         )  # fmt: skip
     return folder
+
+
+def list_classes(path: Path, videos: Path, part: str, classes: Sequence[str], passes: int = 1) -> Path:
+    """Write to ``path`` those videos of a part ("train", "val") that show ``classes``, their places there as labels.
+
+    With several ``passes`` it has each video as many times: a run validates after each pass through its list.
+    """
+    wanted = {str(ACTIONS.index(name)): label for label, name in enumerate(classes)}
+    lines = (line.split() for line in (videos / f"{part}.txt").read_text().splitlines())
+    path.write_text("".join(f"{video} {wanted[label]}\n" for video, label in lines if label in wanted) * passes)
+    return path

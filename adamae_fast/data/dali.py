@@ -31,7 +31,7 @@ from adamae_fast.data.dataset import (
     PretrainClips,
     VideoKind,
 )
-from adamae_fast.data.decode import EncodedVideo, VideoFile
+from adamae_fast.data.decode import EncodedVideo, Frameable
 from adamae_fast.data.loader import Batch
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError
 from adamae_fast.device import num_usable_cores
@@ -81,7 +81,7 @@ class Suitability:
         self.refused: set[VideoKind] = set()
         """Kinds that turned out not to decode; new workers start with a copy."""
 
-    def reason_against(self, video: VideoFile) -> str | None:
+    def reason_against(self, video: Frameable) -> str | None:
         """Why DALI is not to decode a video; None if it is."""
         if not isinstance(video, EncodedVideo):
             return "folders of images"

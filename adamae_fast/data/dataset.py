@@ -18,7 +18,15 @@ from torch import Tensor
 
 from adamae_fast.config import DataConfig
 from adamae_fast.data.clips import ClipPlan, apply_view, draw_replacement, epoch_order, plan_clip
-from adamae_fast.data.decode import EncodedVideo, VideoError, VideoFile, open_entry, require_decoder
+from adamae_fast.data.decode import (
+    DecodedVideo,
+    EncodedVideo,
+    Frameable,
+    VideoError,
+    VideoFile,
+    open_entry,
+    require_decoder,
+)
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError
 
@@ -104,7 +112,7 @@ class EncodedSample(NamedTuple):
     """Index of the entry that ``clip`` holds."""
 
 
-ReasonAgainst = Callable[[VideoFile], str | None]
+ReasonAgainst = Callable[[Frameable], str | None]
 """Says why another process is not to decode a video; None if it is."""
 
 
@@ -192,6 +200,9 @@ class PretrainClips(Videos):
         super().__init__(entries, config, num_frames, frame_size, known_crashers)
         self.seed = seed
         self._order: tuple[int, NDArray[np.int64]] | None = None
+        self._kept: dict[int, DecodedVideo] = {}
+        # DALI decodes from the files' bytes.
+        self._room = 0 if config.decoder == "dali" else int(config.cache_gib * 2**30)
 
     def __getitem__(self, position: int) -> ClipSample:
         """Decode one video range and cut its crops.
@@ -236,7 +247,7 @@ class PretrainClips(Videos):
     ) -> ClipSample | EncodedSample:
         """All crops of one range of frames of an entry, or its bytes where nothing speaks against that."""
         start = time.perf_counter()
-        with self._open(index) as video:
+        with self._frames_of(index) as video:
             plan = self._plan(epoch, sample, video)
             reason = reason_against(video) if reason_against else ""
             if reason is None:
@@ -249,7 +260,29 @@ class PretrainClips(Videos):
         crops = torch.stack([apply_view(frames_THWC, view, self.frame_size) for view in plan.views])
         return ClipSample(crops, bad=(), decode=cost, shown=index, not_encoded=reason)
 
-    def _plan(self, epoch: int, sample: int, video: VideoFile) -> ClipPlan:
+    @contextmanager
+    def _frames_of(self, index: int) -> Iterator[Frameable]:
+        """An entry: decoded before, or opened now."""
+        if (kept := self._kept.get(index)) is not None:
+            yield kept
+        else:
+            with self._open(index) as video:
+                yield self._keep(index, video) or video
+
+    def _keep(self, index: int, video: VideoFile) -> DecodedVideo | None:
+        """Decode the whole video, where it fits into what ``data.cache_gib`` leaves."""
+        num_bytes = video.num_frames * video.height * video.width * 3
+        if num_bytes > self._room:
+            return None
+        try:
+            decoded = DecodedVideo(video)
+        except VideoError:  # the frames of a clip may be none of the damaged ones
+            return None
+        self._kept[index] = decoded
+        self._room -= num_bytes
+        return decoded
+
+    def _plan(self, epoch: int, sample: int, video: Frameable) -> ClipPlan:
         return self.plan(
             self.config,
             self.seed,

@@ -66,14 +66,9 @@ class VideoError(Exception):
         return f"{self.path}: {self.reason}"
 
 
-class VideoFile(Protocol):
-    """An open video. Every method that touches the file raises :class:`VideoError` for a broken one."""
+class Frameable(Protocol):
+    """What clips are cut from."""
 
-    path: str
-    decoder: str
-    """"decord", "pyav" or "pillow": what read the last frames, or what will read the first ones."""
-    codec: str
-    fps: float | None
     num_frames: int
     height: int
     width: int
@@ -84,6 +79,16 @@ class VideoFile(Protocol):
 
     def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Frames:
         """Upright RGB frames (T, H, W, 3); ids may repeat. Raises IndexError for one outside 0..num_frames-1."""
+
+
+class VideoFile(Frameable, Protocol):
+    """An open video. Every method that touches the file raises :class:`VideoError` for a broken one."""
+
+    path: str
+    decoder: str
+    """"decord", "pyav" or "pillow": what read the last frames, or what will read the first ones."""
+    codec: str
+    fps: float | None
 
     def in_order(self, short_side: int) -> Iterator[Frames]:
         """All frames (H, W, 3), one after another, of the size that :func:`fitted_size` says."""
@@ -486,6 +491,22 @@ class FrameFolder:
         # SyntaxError is Pillow's word for a broken PNG, EOFError for a cut-off file.
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise VideoError(self.path, f"{name}: {error}") from error
+
+
+class DecodedVideo:
+    """All frames of a video in memory: :class:`Frameable`, so that clips are cut from it as from a file."""
+
+    def __init__(self, video: VideoFile) -> None:
+        """Decode ``video``, which can be closed afterwards. Raises VideoError where a frame does not decode."""
+        self.num_frames, self.height, self.width = video.num_frames, video.height, video.width
+        self.frames_THWC = video.read(range(video.num_frames))
+        self.num_decoded = self._decoded_before_read = video.num_decoded
+
+    def read(self, ids: Sequence[int] | NDArray[np.int64]) -> Frames:
+        """See :class:`Frameable`. Decoding counts for the first time."""
+        self.num_decoded, self._decoded_before_read = self._decoded_before_read, 0
+        wanted, inverse = _checked(ids, self.num_frames)
+        return self.frames_THWC[wanted][inverse]
 
 
 def fitted_size(height: int, width: int, short_side: int) -> tuple[int, int]:

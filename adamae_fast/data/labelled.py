@@ -19,7 +19,7 @@ from torch import Tensor
 from adamae_fast.config_finetune import LabelledDataConfig, ViewsConfig
 from adamae_fast.data.clips import ClipPlan, apply_view
 from adamae_fast.data.dataset import ClipSample, DecodeCost, PretrainClips, Videos
-from adamae_fast.data.decode import VideoError, VideoFile
+from adamae_fast.data.decode import Frameable, VideoError
 from adamae_fast.data.loader import load_batches, stream_batches
 from adamae_fast.data.manifest import Entry, ManifestError
 from adamae_fast.data.quarantine import BadVideo
@@ -165,7 +165,7 @@ class EvaluationViews(Videos):
         clips = [apply_view(clip, view, self.frame_size) for clip in frames_KTHWC for view in plan.views]
         return ClipSample(torch.stack(clips), (), cost, number)
 
-    def _plan(self, video: VideoFile) -> ClipPlan:
+    def _plan(self, video: Frameable) -> ClipPlan:
         return plan_views(
             self.config.sampling,
             self.config.stride,

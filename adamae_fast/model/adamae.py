@@ -102,6 +102,9 @@ class AdaMAE(nn.Module):
         error = mean over a token's P pixels of (prediction - target)²        (or of the absolute value)
         loss = mean(error) + loss.sampling_weight · -mean(log p[masked] · error)      (equations 4, 5)
 
+    With ``loss.sampling_baseline``, which the paper has not, the second error is max(0, error - baseline · its mean
+    over the clip): at rest p is proportional to it, so the sampler looks away from what is predicted well.
+
     The strategies random, tube and frame draw the visible tokens without a sampler; then there is none, ``sampler`` is
     None, and the second term is 0. Positions are tables of sines, which are computed and no weights.
 
@@ -242,7 +245,7 @@ class AdaMAE(nn.Module):
         loss = loss_reconstruction
         loss_sampling = torch.zeros_like(loss_reconstruction)
         if logits_BN is not None:
-            loss_sampling = sampling_loss(logits_BN, decoded_ids_BM, error_BM.detach()).mean()
+            loss_sampling = sampling_loss(logits_BN, decoded_ids_BM, self._taught(error_BM.detach())).mean()
             loss = loss_reconstruction + self.loss_config.sampling_weight * loss_sampling
         return AdaMAEOutput(
             loss=loss,
@@ -256,6 +259,13 @@ class AdaMAE(nn.Module):
             masked_ids=split.masked_ids_BM,
             decoded_ids=decoded_ids_BM,
         )
+
+    def _taught(self, error_BM: Tensor) -> Tensor:
+        """What the sampler is to be proportional to."""
+        baseline = self.loss_config.sampling_baseline
+        if baseline == 0:
+            return error_BM
+        return (error_BM - baseline * error_BM.mean(1, keepdim=True)).clamp_min(0)
 
     def _choose_decoded(self, masked_ids_BM: Tensor, seeds_B: Tensor) -> Tensor:
         """The masked tokens to be decoded: in training a random share of each clip's, at least one.

@@ -18,8 +18,9 @@ _ENCODER_BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Return a fused AdamW; biases, norms, the mask token and other 1-D tensors are not decayed.
 
-    The sampler's position table (1, N, D) is decayed, as in the published code. Each group carries the ``lr_scale`` of
-    :func:`layer_scale`. No update happens while the optimizer's ``found_inf``, a tensor that the caller sets, is 1.
+    The sampler's position table (1, N, D) is decayed, as in the published code. Each group carries its ``lr_scale``:
+    ``optim.sampler_lr_scale`` for the sampler, for all else that of :func:`layer_scale`. No update happens while the
+    optimizer's ``found_inf``, a tensor that the caller sets, is 1.
 
     Raises ValueError where ``optim.implementation`` asks for apex and it cannot be used.
     """
@@ -29,7 +30,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     for name in names:
         parameter = model.get_parameter(name)
         weight_decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        key = layer_scale(name, depth, config.layer_decay), weight_decay
+        scale = config.sampler_lr_scale if name.startswith("sampler.") else layer_scale(name, depth, config.layer_decay)
+        key = scale, weight_decay
         groups.setdefault(key, []).append(parameter)
     described = [{"params": ps, "lr_scale": scale, "weight_decay": decay} for (scale, decay), ps in groups.items()]
     build = build_apex_adamw if config.implementation == "apex" else _build_torch_adamw

@@ -256,6 +256,42 @@ def test_files_are_closed(entries: list[Entry], monkeypatch: pytest.MonkeyPatch)
     assert len(closed) == NUM_VIDEOS
 
 
+def test_a_cache_decodes_what_fits_once_and_changes_nothing(entries: list[Entry], shown: list[int]) -> None:
+    config = {"repeat": 2, "flip": True, "crop": "random_resized"}
+    expected = [_clips(entries, **config)[p].video for p in range(3 * NUM_VIDEOS)]
+    first = open_entry(entries[0])
+    sizes = [open_entry(entry).num_frames * first.height * first.width * 3 for entry in entries]
+    for room, kept in ((sum(sizes), NUM_VIDEOS), (sum(sizes) - 1, NUM_VIDEOS - 1), (min(sizes) - 1, 0)):
+        shown.clear()
+        clips = _clips(entries, **config, cache_gib=room / 2**30)
+        samples = [clips[p] for p in range(3 * NUM_VIDEOS)]
+        assert all(torch.equal(a.video, b) for a, b in zip(samples, expected, strict=True))
+        assert len(shown) == 3 * NUM_VIDEOS - 2 * kept
+        assert sum(sample.decode.frames == 0 for sample in samples) == 2 * kept
+
+
+def test_a_cache_takes_the_readable_part_of_a_damaged_video(
+    entries: list[Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged_at_its_end(entry: Entry, decoder: DecoderName) -> VideoFile:
+        video = open_entry(entry, decoder)
+        read = video.read
+
+        def read_beginning(ids: Sequence[int]) -> Any:
+            if max(ids) > 3:
+                raise VideoError(entry.path, "damaged")
+            return read(ids)
+
+        video.read = read_beginning  # type: ignore[method-assign]
+        return video
+
+    monkeypatch.setattr(dataset_module, "open_entry", damaged_at_its_end)
+    monkeypatch.setattr(PretrainClips, "plan", staticmethod(lambda *a, **k: plan_clip(*a, **{**k, "total_frames": 4})))
+    for cache_gib in (0.0, 1.0):
+        sample = _clips(entries[:1], stride=1, cache_gib=cache_gib)[0]
+        assert (sample.bad, sample.decode.frames) == ((), 4)
+
+
 def test_folders_of_images(tmp_path: Path, write_images: Callable[..., Path]) -> None:
     folder = str(write_images(tmp_path / "x", range(1, 9)))
     sample = _clips([Entry(folder, 3, start=1, num_frames=8, kind="frames")], stride=1)[0]

@@ -43,11 +43,11 @@ def test_base_has_the_published_number_of_parameters():
     assert count(model.projection, model.decoder) + model.mask_token.numel() == 7_983_744
 
 
-@pytest.mark.parametrize("size", ["small", "base", "large", "huge"])
+@pytest.mark.parametrize("size", ["pico", "small", "base", "large", "huge"])
 def test_every_size_builds(size):
     with torch.device("meta"):
         model = AdaMAE(ModelConfig(size=size))
-    width = {"small": 384, "base": 768, "large": 1024, "huge": 1280}[size]
+    width = {"pico": 64, "small": 384, "base": 768, "large": 1024, "huge": 1280}[size]
     assert model.tokenizer.weight.shape == (width, 3, 2, 16, 16)
     assert model.decoder.head.weight.shape == (1536, width // 2)
 
@@ -61,6 +61,21 @@ def test_output_shapes_and_total():
     assert output.visible_ids.shape == (2, 8)
     torch.testing.assert_close(output.loss_reconstruction, output.error.mean())
     torch.testing.assert_close(output.loss, output.loss_reconstruction + 0.5 * output.loss_sampling)
+
+
+@pytest.mark.parametrize("baseline", [0.0, 0.5, 0.9])
+def test_the_sampler_rests_where_p_is_the_error_above_the_baseline(baseline):
+    """Equation 5 in fp64, and its gradient: p_j · Σw − w_j with w = max(0, r − b · mean r) / M."""
+    model, ids = build(loss={"sampling_baseline": baseline}, sampler=SamplerConfig(dropout=0.0)), torch.arange(0, 32, 4)
+    output = model(video(), ids.expand(2, -1))
+    error_BM = output.error.double()
+    taught_BM = torch.stack([(row - baseline * row.mean()).clamp(min=0) for row in error_BM])
+    log_p_BM = output.logits.double().log_softmax(1).gather(1, output.masked_ids)
+    torch.testing.assert_close(output.loss_sampling.double(), -(taught_BM * log_p_BM).mean(), atol=1e-6, rtol=1e-6)
+    (found_BN,) = torch.autograd.grad(output.loss_sampling, output.logits)
+    w_BN = torch.zeros_like(found_BN, dtype=torch.float64).scatter(1, output.masked_ids, taught_BM / taught_BM.numel())
+    expected_BN = output.logits.double().softmax(1) * w_BN.sum(1, keepdim=True) - w_BN
+    torch.testing.assert_close(found_BN.double(), expected_BN, atol=1e-8, rtol=1e-4)
 
 
 def test_training_and_eval_mode_give_the_same_loss_and_gradients():

@@ -47,6 +47,16 @@ def test_layer_decay_shrinks_the_rate_towards_the_input(model):
         assert float(rate_of[id(parameter)]) == pytest.approx(wanted, rel=1e-7), name
 
 
+def test_the_sampler_has_a_rate_of_its_own(model):
+    optimizer = build_optimizer(model, OptimConfig(layer_decay=0.75, sampler_lr_scale=3.0))
+    scale_of = by_parameter(optimizer, "lr_scale")
+    for name, parameter in model.named_parameters():
+        if name.startswith("sampler."):
+            assert scale_of[id(parameter)] == 3.0, name
+        else:
+            assert scale_of[id(parameter)] == layer_scale(name, 4, 0.75), name
+
+
 def test_scales_of_a_vit_b():
     names = ["tokenizer.weight", *(f"encoder.blocks.{k}.norm1.bias" for k in range(12)), "encoder.norm.weight"]
     assert [layer_scale(name, 12, 0.75) for name in names] == pytest.approx([0.75 ** (13 - i) for i in range(14)])

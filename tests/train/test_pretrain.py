@@ -399,6 +399,8 @@ def test_a_report_that_fails_does_not_cost_the_summary(recipe, tmp_path, monkeyp
 
 
 def test_options_without_effect_are_named(recipe, tmp_path, caplog):
-    overrides = {"mask.strategy": "tube", "loss.sampling_weight": 1.0, "train.steps": 1, "data.num_workers": 0}
+    unused = {"loss.sampling_weight": 1.0, "loss.sampling_baseline": 0.5, "optim.sampler_lr_scale": 2.0}
+    overrides = {"mask.strategy": "tube", **unused, "train.steps": 1, "data.num_workers": 0}
     pretrain(load_config(recipe, {"output_dir": str(tmp_path), **overrides}), Console(quiet=True))
-    assert "loss.sampling_weight has no effect: mask.strategy=tube has no sampler" in caplog.text
+    for key in unused:
+        assert f"{key} has no effect: mask.strategy=tube has no sampler" in caplog.text
