@@ -257,7 +257,8 @@ class DataConfig:
 
     cache_gib: float = 0.0
     """Memory of each decoding process for whole decoded videos, in GiB. A set of short videos that fits is decoded once
-    by each of them; what does not fit is decoded as it is needed. Costs that memory, num_workers times."""
+    by each of them; what does not fit is decoded as it is needed. Costs that memory, num_workers times, for as long as
+    the process lives: a video that changes meanwhile is not read again."""
 
     timeout: float = 60.0
     """Seconds that a worker may spend on one video. One that takes longer counts as unreadable."""

@@ -38,7 +38,15 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from adamae_fast.config import ModelConfig, PretrainConfig, load_config, load_run_config
+from adamae_fast.config import (
+    LossConfig,
+    MaskConfig,
+    ModelConfig,
+    PretrainConfig,
+    SamplerConfig,
+    load_config,
+    load_run_config,
+)
 from adamae_fast.config_features import FeatureDataConfig, ProbeConfig
 from adamae_fast.config_finetune import FinetuneConfig, ValConfig
 from adamae_fast.data.actions import ACTIONS
@@ -57,7 +65,7 @@ from adamae_fast.train.finetune import finetune
 from adamae_fast.train.pretrain import pretrain
 from bench import command, conditions, table1
 from bench.results import Row
-from bench.trainings import DIRECTIONS, action_videos, list_classes, seconds_of, train_once
+from bench.trainings import DIRECTIONS, action_videos, seconds_of, train_once
 
 PRETRAINING = conditions.ROOT / "configs" / "actions.yaml"
 FINETUNING = conditions.ROOT / "configs" / "finetune_actions.yaml"
@@ -68,13 +76,40 @@ DEPTH = 4
 
 NO_PRETRAINING = table1.Case("no pre-training", "scratch", math.nan)
 
+
+def _small_data(name: str, **changes: Any) -> table1.Case:
+    return table1.Case("(g) sampler on little data", name, math.nan, **changes)
+
+
+SMALL_DATA = (
+    _small_data("the paper's"),
+    _small_data("learning rate × 3", sampler_lr_scale=3.0),
+    _small_data("tokens detached", model=ModelConfig(sampler=SamplerConfig(detach_tokens=True))),
+    _small_data("no dropout", model=ModelConfig(sampler=SamplerConfig(dropout=0.0))),
+    _small_data("normalised jointly", loss=LossConfig(target="mae_st")),
+    _small_data("baseline 0.9", loss=LossConfig(sampling_baseline=0.9)),
+    _small_data("baseline 0.9, rate × 3", loss=LossConfig(sampling_baseline=0.9), sampler_lr_scale=3.0),
+    _small_data(
+        "baseline 0.9, rate × 3, mask 85 %",
+        loss=LossConfig(sampling_baseline=0.9),
+        mask=MaskConfig(ratio=0.85),
+        sampler_lr_scale=3.0,
+    ),
+)
+"""What might make the sampler learn faster or look harder: not in the paper."""
+
+ROWS = (*table1.CASES, NO_PRETRAINING, *SMALL_DATA)
+
 COLUMNS = (
-    "part", "case", "seed", "visible", "tokens", "top1", "probe", "adaptivity", "untrained", "entropy", "error",
-    "kept_bytes", "kept_bytes_vitb", "settings",
+    "part", "case", "seed", "visible", "tokens", "top1", "probe", "adaptivity", "untrained", "entropy", "clamped",
+    "error", "kept_bytes", "kept_bytes_vitb", "settings",
 )  # fmt: skip
 """Of the CSV: what the seed decides, and nothing that a clock does."""
 
-NUM_BOXED = 280
+CROP = {"data.crop": "random_resized", "data.random_resized_scale": (0.6, 1.0)}
+"""Milder than the recipes', whose videos are learned more slowly."""
+
+NUM_BOXED = 320
 """Videos of the adaptivity figure."""
 
 REPEATS = 8
@@ -87,10 +122,14 @@ class Preset:
 
     device: str
     size: str
+    attention: str
+    """Which one computes it: of so few tokens the plain formula is the fastest on a CPU."""
     classes: Sequence[str]
-    """Those that are told apart after pre-training, which sees videos of all."""
+    """Of the action set; no part of a run sees videos of others."""
     base_lr: float
     """Of pre-training, for 256 clips."""
+    detail: float
+    """Of the scenes."""
     num_videos: int
     num_val: int
     pretrain_steps: int
@@ -101,14 +140,14 @@ class Preset:
     """Through the training videos from one validation to the next; it only watches."""
     frame_size: int
     batch_size: int
-    repeat: int
-    """Crops of one decoded video."""
+    cache_gib: float
+    """For decoded videos, in each process."""
 
 
 PRESETS = {
-    "cpu": Preset("cpu", "pico", DIRECTIONS, 2.4e-2, 3220, 1120, 550, 180, 600, 20, 32, 32, 4),
-    "gpu": Preset("cuda", "nano", ACTIONS, 1.2e-2, 14000, 1400, 1500, 800, 7000, 20, 64, 128, 4),
-    "quick": Preset("cpu", "pico", ACTIONS, 2.4e-2, 28, 14, 2, 2, 14, 1, 32, 4, 2),
+    "cpu": Preset("cpu", "pico", "reference", DIRECTIONS, 2.4e-2, 0.0, 1720, 320, 780, 200, 600, 20, 32, 32, 1.0),
+    "gpu": Preset("cuda", "nano", "auto", ACTIONS, 1.2e-2, 1.0, 14000, 1400, 1500, 800, 7000, 20, 64, 128, 8.0),
+    "quick": Preset("cpu", "pico", "reference", ACTIONS, 2.4e-2, 0.0, 28, 14, 2, 2, 14, 1, 32, 4, 0.1),
 }
 """gpu is to take nine minutes for each part of the table on an H200: by arithmetic from the time of a step, it has not
 been run yet. quick is for tests: its figures mean nothing."""
@@ -148,13 +187,17 @@ class Job:
         overrides: dict[str, object] = {
             "model.size": preset.size,
             "model.frame_size": preset.frame_size,
+            **{f"model.attention.{part}": preset.attention for part in ("encoder", "sampler", "decoder")},
             "model.decoder.depth": case.model.decoder.depth or DEPTH,
             **{f"model.sampler.{key}": value for key, value in asdict(sampler).items()},
             **{f"mask.{key}": value for key, value in asdict(case.mask).items()},
             **{f"loss.{key}": value for key, value in asdict(case.loss).items()},
             "optim.base_lr": preset.base_lr,
-            "data.repeat": preset.repeat,
+            "optim.sampler_lr_scale": case.sampler_lr_scale,
+            "data.cache_gib": preset.cache_gib,
+            **CROP,
             "train.batch_size": preset.batch_size,
+            "log.every": 40,
             "train.steps": max(1, round(case.share * preset.pretrain_steps)),
         }
         if case is NO_PRETRAINING:  # a step that changes nothing leaves a checkpoint of the first weights to probe
@@ -183,6 +226,12 @@ def run(job: Job) -> dict[str, Any]:
         probed = probe_once(job, pretrained, console)
     row = {**figures_of(job, pretrained), "probe": probed, "top1": last_top1(job.folder / "finetune")}
     parts = {part: round(seconds_of(job.folder / part), 1) for part in ("pretrain", "finetune", "probe")}
+    row["curves"] = {
+        key: [[line["step"], round(line[key], 5)] for line in read_json_lines(RunFolder(folder).metrics) if key in line]
+        for folder, key in ((pretrained, "loss_reconstruction"), (pretrained, "motion_lift"))
+    }
+    tuned = read_json_lines(RunFolder(job.folder / "finetune").metrics)
+    row["curves"]["finetune_loss"] = [[line["step"], round(line["loss"], 5)] for line in tuned]
     row |= {"seconds": parts, "steps": RunFolder(pretrained).list_checkpoints()[-1].name}
     path.write_text(json.dumps(row))
     return row
@@ -212,10 +261,12 @@ def finetune_once(job: Job, pretrained: Path, console: Console) -> None:
         "output_dir": folder,
         "model.size": preset.size,
         "model.frame_size": preset.frame_size,
-        "data.manifest": job.videos / "classes-passes.txt",
-        "val.manifest": job.videos / "classes-val.txt",
+        "model.attention.encoder": preset.attention,
+        "data.manifest": job.videos / "train-passes.txt",
+        "val.manifest": job.videos / "val.txt",
         "data.num_workers": 0,
-        "data.repeat": preset.repeat,
+        "data.cache_gib": preset.cache_gib,
+        **CROP,
         "train.batch_size": preset.batch_size,
         "train.steps": preset.finetune_steps,
         "train.device": preset.device,
@@ -239,8 +290,8 @@ def probe_once(job: Job, pretrained: Path, console: Console) -> float:
     videos = job.videos
     options = ProbeConfig(
         output_dir=str(folder),
-        data=FeatureDataConfig(manifest=str(videos / "classes-probe.txt"), num_workers=0),
-        val=ValConfig(manifest=str(videos / "classes-val.txt")),
+        data=FeatureDataConfig(manifest=str(videos / "probe.txt"), num_workers=0),
+        val=ValConfig(manifest=str(videos / "val.txt")),
         device=job.preset.device,
         seed=job.seed,
     )
@@ -257,7 +308,7 @@ def figures_of(job: Job, pretrained: Path) -> dict[str, Any]:
     """What is measured on the pre-trained model itself, and what follows from its configuration."""
     config = load_config(RunFolder(pretrained).config)
     model = AdaMAE.from_pretrained(pretrained).to(job.preset.device)
-    lines = read_json_lines(RunFolder(pretrained).metrics)[-5:]
+    lines = read_json_lines(RunFolder(pretrained).metrics)[-3:]
     videos = job.videos / "val.txt"
     adaptivity, entropy = adaptivity_of(model, config, videos)
     untrained = None
@@ -271,6 +322,7 @@ def figures_of(job: Job, pretrained: Path) -> dict[str, Any]:
         "adaptivity": adaptivity,
         "untrained": untrained,
         "entropy": entropy,
+        "clamped": None if model.sampler is None else statistics.fmean(line["clamped_share"] for line in lines),
         "error": statistics.fmean(line["loss_reconstruction"] for line in lines),
         "kept_bytes": work.kept_bytes(config.model, config.mask, "none").total(),
         "kept_bytes_vitb": work.kept_bytes(job.case.model, job.case.mask, "none").total(),
@@ -300,12 +352,12 @@ def adaptivity_of(model: AdaMAE, config: PretrainConfig, manifest: Path) -> tupl
 def prepare(preset: Preset, work: Path) -> Path:
     """Render the videos, and list those that each part reads; return their folder."""
     share = preset.num_val / preset.num_videos
-    videos = action_videos(work, preset.num_videos, pretraining_recipe(), 0, share)
-    listed = list_classes(videos / "classes-passes.txt", videos, "train", preset.classes).read_text()
-    first = listed.splitlines(keepends=True)[: preset.probe_videos]
-    (videos / "classes-probe.txt").write_text("".join(first))
-    (videos / "classes-passes.txt").write_text(listed * preset.passes)
-    list_classes(videos / "classes-val.txt", videos, "val", preset.classes)
+    videos = action_videos(
+        work, preset.num_videos, pretraining_recipe(), 0, share, classes=list(preset.classes), detail=preset.detail
+    )
+    lines = (videos / "train.txt").read_text().splitlines(keepends=True)
+    (videos / "train-passes.txt").write_text("".join(lines) * preset.passes)
+    (videos / "probe.txt").write_text("".join(lines[: preset.probe_videos]))
     return videos
 
 
@@ -330,11 +382,11 @@ def mask_picture(jobs: Sequence[Job]) -> Image.Image:
 
 def cases_of(options: argparse.Namespace) -> list[table1.Case]:
     """The rows that were asked for. Raises ValueError for one that is not there."""
-    cases = [case for case in (*table1.CASES, NO_PRETRAINING) if case.part.startswith(options.part)]
+    cases = [case for case in ROWS if case.part.startswith(options.part)]
     if options.only:
         cases = [case for case in cases if case.name in options.only]
         if missing := set(options.only) - {case.name for case in cases}:
-            known = ", ".join(dict.fromkeys(case.name for case in table1.CASES))
+            known = ", ".join(dict.fromkeys(case.name for case in ROWS))
             raise ValueError(f"--only: {', '.join(sorted(missing))} is no row of the table; choose from {known}")
     return cases
 
@@ -385,7 +437,7 @@ def merged(before: Sequence[RowT], rows: Sequence[RowT]) -> list[RowT]:
 
     measured, settings = {which(row) for row in rows}, {row["settings"] for row in rows}
     kept = [row for row in before if row["settings"] in settings and which(row) not in measured]
-    order = [(case.part, case.name) for case in (*table1.CASES, NO_PRETRAINING)]
+    order = [(case.part, case.name) for case in ROWS]
     return sorted([*kept, *rows], key=lambda row: (order.index(which(row)[:2]), which(row)[2]))
 
 
@@ -452,7 +504,7 @@ def main(arguments: list[str] | None = None) -> int:
         "conditions": taken,
         "preset": options.preset,
         "budget": asdict(preset),
-        "classes": len(ACTIONS),
+        "classes": list(preset.classes),
         "num_frames": pretraining_recipe().model.num_frames,
         "processes": options.processes,
         "rows": [
@@ -463,6 +515,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "settings": settings,
                 "run": job.folder.parent.name,
                 **found[job.folder]["seconds"],
+                "curves": found[job.folder]["curves"],
             }
             for job in jobs
             if job.folder in found

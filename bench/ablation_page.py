@@ -6,6 +6,7 @@ No figure of the page is typed by hand, and no finding: what stands in words fol
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import conditions, plots, table1
-from bench.ablation import NO_PRETRAINING, read_csv
+from bench.ablation import NO_PRETRAINING, ROWS, SMALL_DATA, read_csv
 from bench.report import RESULTS, caption, table
 from bench.results import Row
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 PAGE = conditions.ROOT / "docs" / "ablation.md"
 PICTURE = conditions.ROOT / "docs" / "ablation.png"
+CURVES = conditions.ROOT / "docs" / "ablation_curves.png"
 
 DEFAULT, RANDOM, TUBE, FRAME = "adaptive 95 %", "random 90 %", "tube 90 %", "frame 87.5 %"
 """Rows of part (a) that the findings compare."""
@@ -97,10 +99,11 @@ def part_table(study: Study, part: str, cases: Iterable[table1.Case]) -> list[st
     lines = []
     for case in cases:
         rows = study.of(part, case.name)
+        paper = "–" if math.isnan(case.paper_top1) else f"{case.paper_top1:g}"
         if not rows:
-            lines.append((case.name, *["not measured"] * (len(COLUMNS) - 2), f"{case.paper_top1:g}"))
+            lines.append((case.name, *["not measured"] * (len(COLUMNS) - 2), paper))
             continue
-        is_default = (case.model, case.mask, case.loss, case.share) == DEFAULTS
+        is_default = settings_of(case) == DEFAULTS
         first = rows[0]
 
         def spread(key: str, scale: float = 1.0, digits: int = 1, name: str = case.name) -> str:
@@ -120,14 +123,21 @@ def part_table(study: Study, part: str, cases: Iterable[table1.Case]) -> list[st
                 "–" if is_scratch else f"{int(first['kept_bytes']) / 1e6:.2f}",
                 "–" if is_scratch else f"{int(first['kept_bytes_vitb']) / 1e6:.0f}",
                 "–" if is_scratch or seconds is None else f"{seconds.mean:.0f}",
-                "–" if is_scratch else f"{case.paper_top1:g}",
+                paper,
             )
         )
     return table(COLUMNS, lines)
 
 
 _DEFAULT_CASE = next(case for case in table1.CASES if case.name == DEFAULT)
-DEFAULTS = (_DEFAULT_CASE.model, _DEFAULT_CASE.mask, _DEFAULT_CASE.loss, _DEFAULT_CASE.share)
+
+
+def settings_of(case: table1.Case) -> tuple[object, ...]:
+    """What its runs are decided by, beside the budget."""
+    return case.model, case.mask, case.loss, case.share, case.sampler_lr_scale
+
+
+DEFAULTS = settings_of(_DEFAULT_CASE)
 
 
 def findings(study: Study) -> list[str]:
@@ -173,7 +183,31 @@ def findings(study: Study) -> list[str]:
             f"95 %, {kept[RANDOM]:.0f} MB with random ones at 90 %: {'less' if less else 'more'}. At the size of this "
             "study the sampler, which sees all tokens, weighs more than the encoder, which sees few."
         )
-    return [*lines, ""]
+    return [*lines, *small_data_findings(study), ""]
+
+
+def small_data_findings(study: Study) -> list[str]:
+    """What made the sampler look harder, and whether that helped."""
+    part = SMALL_DATA[0].part
+    figures = {}
+    for case in SMALL_DATA:
+        adaptivity, top1 = (study.spread(part, case.name, key) for key in ("adaptivity", "top1"))
+        if adaptivity and top1:
+            figures[case.name] = adaptivity, top1
+    if SMALL_DATA[0].name not in figures or len(figures) == 1:
+        return []
+    papers_adaptivity, papers_top1 = figures.pop(SMALL_DATA[0].name)
+    sharpest = max(figures, key=lambda name: figures[name][0].mean)
+    best = max(figures, key=lambda name: figures[name][1].mean)
+    highest = figures[sharpest][0]
+    gain = compare(figures[best][1], papers_top1, "against the paper's")
+    return [
+        "* **Why not more?** The sampling loss is at rest where p is proportional to the error of reconstruction, so "
+        f"masks can look no harder than the error does. Of part (g), *{sharpest}* has the highest adaptivity, "
+        f"{highest.shown(digits=2)} against {papers_adaptivity.shown(digits=2)} with the paper's settings "
+        f"(at least {ADAPTIVITY:g}: {met(highest.mean >= ADAPTIVITY)}). The best fine-tuned accuracy there is that of "
+        f"*{best}*: {gain}.",
+    ]
 
 
 def met(is_met: bool) -> str:
@@ -203,13 +237,15 @@ def page(study: Study) -> str:
         "",
         "# Does adaptive masking work here?",
         "",
-        "The paper's Table 1 in miniature, on the [rendered action set](data.md#rendered-sets): "
-        f"{about['classes']} classes that differ in motion alone, "
-        f"{budget['num_videos'] - budget['num_val']} videos for training and {budget['num_val']} of other looks for "
-        f"validation; chance is {1 / about['classes']:.1%}. Each row: {budget['pretrain_steps']} steps of pre-training "
-        f"of the nano model ({budget['batch_size']} clips of {about['num_frames']} × {budget['frame_size']}² a step, "
-        f"{budget['repeat']} crops of each decoded video), {budget['finetune_steps']} steps of fine-tuning, and a "
-        f"linear probe on frozen features of {budget['probe_videos']} videos; seeds {', '.join(seeds)}: mean ± "
+        "The paper's Table 1 in miniature, on the [rendered action set](data.md#rendered-sets), whose classes differ "
+        f"in motion alone. Of its fourteen classes {len(about['classes'])}: {', '.join(about['classes'])}; chance is "
+        f"{1 / len(about['classes']):.1%}. {budget['num_videos'] - budget['num_val']} videos for training, "
+        f"{budget['num_val']} of other looks for validation, scenes of detail {budget['detail']:g}.",
+        "",
+        f"Each row: {budget['pretrain_steps']} steps of pre-training of the {budget['size']} model "
+        f"({budget['batch_size']} clips of {about['num_frames']} × {budget['frame_size']}² a step), "
+        f"{budget['finetune_steps']} steps of fine-tuning, "
+        f"and a linear probe on frozen features of {budget['probe_videos']} videos; seeds {', '.join(seeds)}: mean ± "
         "standard deviation. "
         "It is a study of a tiny model for minutes: what holds here need not hold for ViT-B on SSv2, and the paper's "
         "figures stand beside these for their order alone.",
@@ -227,6 +263,11 @@ def page(study: Study) -> str:
         "## What came out",
         "",
         *findings(study),
+        f"![Adaptivity in pre-training, loss in fine-tuning]({CURVES.name})",
+        "",
+        "*Means over seeds. Left: how much more probability the sampler gives to what moves, on the clips of training. "
+        "Right: the loss of fine-tuning; it stands still at that of chance until a run finds motion.*",
+        "",
     ]
     for part, cases in parts().items():
         lines += [f"## {part}", "", *part_table(study, part, cases)]
@@ -253,9 +294,9 @@ def page(study: Study) -> str:
 
 
 def parts() -> dict[str, list[table1.Case]]:
-    """Rows by part, and last the row without pre-training."""
+    """Rows by part."""
     found: dict[str, list[table1.Case]] = {}
-    for case in (*table1.CASES, NO_PRETRAINING):
+    for case in ROWS:
         found.setdefault(case.part, []).append(case)
     return found
 
@@ -279,7 +320,7 @@ def picture(study: Study) -> Figure:
                 axes.barh(i, statistics.fmean(values), color=colour(name), height=0.7)
                 axes.plot(values, [i] * len(values), "o", color="#333333", markersize=3)
         axes.axvline(
-            100 / study.about["classes"] if key == "top1" else 1, color="#333333", linewidth=0.8, linestyle=":"
+            100 / len(study.about["classes"]) if key == "top1" else 1, color="#333333", linewidth=0.8, linestyle=":"
         )
         axes.set_xlabel(title, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
@@ -287,6 +328,45 @@ def picture(study: Study) -> Figure:
     left.set_yticks(range(len(names)), [f"{name}   {part[:3] if part[0] == '(' else ''}" for part, name in names])
     left.invert_yaxis()
     figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))  # type: ignore[union-attr, call-arg]
+    plots._caption(figure, study.about)
+    return figure
+
+
+CURVE_ROWS = (
+    ("(a) masking", DEFAULT),
+    ("(a) masking", RANDOM),
+    ("(a) masking", TUBE),
+    ("(a) masking", FRAME),
+    (SMALL_DATA[0].part, "baseline 0.9, rate × 3"),
+    (NO_PRETRAINING.part, NO_PRETRAINING.name),
+)
+
+
+def curves(study: Study) -> Figure:
+    """Adaptivity in pre-training and loss in fine-tuning, by step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (part, name) in enumerate(CURVE_ROWS):
+        runs = [row["curves"] for row in study.about["rows"] if (row["part"], row["case"]) == (part, name)]
+        for axes, key in ((left, "motion_lift"), (right, "finetune_loss")):
+            lines = [run[key] for run in runs if run[key]]
+            if lines and not (axes is left and part == NO_PRETRAINING.part):
+                values = [statistics.fmean(value for _, value in points) for points in zip(*lines, strict=True)]
+                axes.plot([step for step, _ in lines[0]], values, label=name, color=f"C{number}")
+    left.axhline(1, color="#333333", linewidth=0.8, linestyle=":")
+    right.axhline(math.log(len(study.about["classes"])), color="#333333", linewidth=0.8, linestyle=":")
+    left.set_xlabel("step of pre-training", fontsize=9)
+    left.set_title("adaptivity of p; dotted: uniform", fontsize=9)
+    right.set_xlabel("step of fine-tuning", fontsize=9)
+    right.set_title("loss of fine-tuning; dotted: chance", fontsize=9)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    right.legend(fontsize=8, frameon=False)
+    left.legend(fontsize=8, frameon=False)
+    figure.get_layout_engine().set(rect=(0, 0.07, 1, 0.93))  # type: ignore[union-attr, call-arg]
     plots._caption(figure, study.about)
     return figure
 
@@ -299,6 +379,7 @@ def write_page() -> None:
     study = Study.read(found[0])
     PAGE.write_text(page(study))
     picture(study).savefig(PICTURE, dpi=150, metadata={"Software": None})
+    curves(study).savefig(CURVES, dpi=150, metadata={"Software": None})
     print(f"written: {PAGE.relative_to(conditions.ROOT)}, {PICTURE.relative_to(conditions.ROOT)}")
 
 

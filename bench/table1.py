@@ -23,6 +23,7 @@ class Case:
     loss: LossConfig = field(default_factory=LossConfig)
     share: float = 1.0
     """Of the paper's 800 epochs of pre-training."""
+    sampler_lr_scale: float = 1.0
 
 
 def _mask(strategy: Any, ratio: float) -> MaskConfig:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from adamae_fast.config import PretrainConfig
-from adamae_fast.data.actions import ACTIONS
 from adamae_fast.data.synthetic import synthesize
 from adamae_fast.errors import RunStoppedError
 from adamae_fast.run_folder import RunFolder, read_json_lines
@@ -48,24 +47,19 @@ def train_once(folder: Path, train: Callable[[], Mapping[str, Any]]) -> float:
     return seconds_of(folder)
 
 
-def action_videos(work: Path, num_videos: int, recipe: PretrainConfig, seed: int, val_share: float) -> Path:
-    """A folder in ``work``: an action set of small videos, each as long as a clip; rendered now, if it is not there."""
+def action_videos(
+    work: Path, num_videos: int, recipe: PretrainConfig, seed: int, val_share: float, **options: Any
+) -> Path:
+    """A folder in ``work``: an action set of small videos, each as long as a clip; rendered now, if it is not there.
+
+    ``options``: classes and detail of :func:`~adamae_fast.data.synthetic.synthesize`.
+    """
     num_frames = recipe.model.num_frames * recipe.data.stride
-    folder = work / f"videos-{num_videos}-of-{num_frames}-frames-seed{seed}-val{val_share:g}"
+    what = "".join(f"-{key}{len(value) if key == 'classes' else value}" for key, value in sorted(options.items()))
+    folder = work / f"videos-{num_videos}-of-{num_frames}-frames-seed{seed}-val{val_share:g}{what}"
     if not folder.exists():
         synthesize(
             str(folder), "actions", num_videos, num_frames=num_frames, width=64, height=64, seed=seed,
-            val_share=val_share,
+            val_share=val_share, **options,
         )  # fmt: skip
     return folder
-
-
-def list_classes(path: Path, videos: Path, part: str, classes: Sequence[str], passes: int = 1) -> Path:
-    """Write to ``path`` those videos of a part ("train", "val") that show ``classes``, their places there as labels.
-
-    With several ``passes`` it has each video as many times: a run validates after each pass through its list.
-    """
-    wanted = {str(ACTIONS.index(name)): label for label, name in enumerate(classes)}
-    lines = (line.split() for line in (videos / f"{part}.txt").read_text().splitlines())
-    path.write_text("".join(f"{video} {wanted[label]}\n" for video, label in lines if label in wanted) * passes)
-    return path

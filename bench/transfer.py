@@ -36,11 +36,12 @@ from rich.table import Table
 
 from adamae_fast.config import load_config, load_run_config
 from adamae_fast.config_finetune import FinetuneConfig
+from adamae_fast.data.actions import ACTIONS
 from adamae_fast.run_folder import RunFolder, find_weights, read_json_lines
 from adamae_fast.train.finetune import finetune
 from adamae_fast.train.pretrain import pretrain
 from bench import command, conditions
-from bench.trainings import DIRECTIONS, action_videos, is_done, list_classes, seconds_of, train_once
+from bench.trainings import DIRECTIONS, action_videos, is_done, seconds_of, train_once
 
 ARMS = ("scratch", "pretrained", "demo")
 CLASSES = DIRECTIONS
@@ -113,8 +114,15 @@ class Study:
         return {"rate": rate, "seed": seed, "top1": last["top1"], "top5": last["top5"], "seconds": seconds}
 
     def list_classes(self, videos: Path, part: str, passes: int = 1) -> Path:
-        """A list of those videos of a part that show :data:`CLASSES`."""
-        return list_classes(self.work / f"{videos.name}-{part}.txt", videos, part, CLASSES, passes)
+        """A list of those videos of a part that show :data:`CLASSES`, their places there being the labels.
+
+        With several ``passes``, it has each video as many times: a run validates after each pass through its list.
+        """
+        wanted = {str(ACTIONS.index(name)): label for label, name in enumerate(CLASSES)}
+        lines = (line.split() for line in (videos / f"{part}.txt").read_text().splitlines())
+        path = self.work / f"{videos.name}-{part}.txt"
+        path.write_text("".join(f"{video} {wanted[label]}\n" for video, label in lines if label in wanted) * passes)
+        return path
 
     def run(self, folder: Path, what: str, overrides: Overrides, *, of_classifier: bool) -> float:
         """Carry out one run, or what is left of it; return the seconds that all its sittings took."""

@@ -175,7 +175,15 @@ class Film:
     """One video before it is drawn: ``frame(t)`` for each of ``num_frames``."""
 
     def __init__(
-        self, action: str, split: Split, seed: tuple[int, ...], *, num_frames: int, width: int, height: int
+        self,
+        action: str,
+        split: Split,
+        seed: tuple[int, ...],
+        *,
+        num_frames: int,
+        width: int,
+        height: int,
+        detail: float = 1.0,
     ) -> None:
         size = {"num_frames": num_frames, "width": width, "height": height}
         # Streams of their own: how a video looks does not depend on what happens in it.
@@ -203,7 +211,7 @@ class Film:
         self.pan_T = np.linspace(-0.5, 0.5, num_frames) * distance * np.exp(1j * direction)
         """What the camera's motion adds to every x (real) and y (imaginary part)."""
         self.margin = round(0.06 * side) + 2
-        self.scene_HWC = texture(rng, height + 2 * self.margin, width + 2 * self.margin, side, palette)
+        self.scene_HWC = texture(rng, height + 2 * self.margin, width + 2 * self.margin, side, palette, detail)
         slope = rng.uniform(0.15, 0.4) * np.exp(1j * rng.uniform(0, 2 * np.pi))
         down, across = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)
         vignette = 0.12 * (down**2 + across**2)
@@ -240,9 +248,19 @@ def _lay(
 
 
 def render_action(
-    action: str, split: Split, seed: tuple[int, ...], *, num_frames: int, width: int, height: int
+    action: str,
+    split: Split,
+    seed: tuple[int, ...],
+    *,
+    num_frames: int,
+    width: int,
+    height: int,
+    detail: float = 1.0,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Draw one video: frames_THWC (uint8) and boxes_TO4 (float64, pixels, exclusive ends, clipped to the frame)."""
-    film = Film(action, split, seed, num_frames=num_frames, width=width, height=height)
+    """Draw one video: frames_THWC (uint8) and boxes_TO4 (float64, pixels, exclusive ends, clipped to the frame).
+
+    ``detail`` is that of the scene (:func:`~adamae_fast.data.drawing.texture`).
+    """
+    film = Film(action, split, seed, num_frames=num_frames, width=width, height=height, detail=detail)
     frames, boxes = zip(*map(film.frame, range(num_frames)), strict=True)
     return np.round(np.stack(frames).clip(0, 1) * 255).astype(np.uint8), np.stack(boxes)

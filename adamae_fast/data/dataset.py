@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import cache
 from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -116,6 +117,33 @@ ReasonAgainst = Callable[[Frameable], str | None]
 """Says why another process is not to decode a video; None if it is."""
 
 
+class DecodedVideos:
+    """What this process has decoded and kept for ``data.cache_gib``: videos that fitted whole into ``room`` bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.videos: dict[Entry, DecodedVideo] = {}
+        self.room = room
+
+    def keep(self, entry: Entry, video: VideoFile) -> DecodedVideo | None:
+        """Decode the whole video, where it fits."""
+        num_bytes = video.num_frames * video.height * video.width * 3
+        if num_bytes > self.room:
+            return None
+        try:
+            decoded = DecodedVideo(video)
+        except VideoError:  # the frames of a clip may be none of the damaged ones
+            return None
+        self.videos[entry] = decoded
+        self.room -= num_bytes
+        return decoded
+
+
+@cache
+def decoded_videos(room: int) -> DecodedVideos:
+    """Those of this process. They outlive a run, so that a study of many runs decodes its videos once."""
+    return DecodedVideos(room)
+
+
 class Videos(ABC):
     """What a data set that decodes has: its videos, those that it must not open, and word of what it is decoding.
 
@@ -200,9 +228,8 @@ class PretrainClips(Videos):
         super().__init__(entries, config, num_frames, frame_size, known_crashers)
         self.seed = seed
         self._order: tuple[int, NDArray[np.int64]] | None = None
-        self._kept: dict[int, DecodedVideo] = {}
         # DALI decodes from the files' bytes.
-        self._room = 0 if config.decoder == "dali" else int(config.cache_gib * 2**30)
+        self._decoded = decoded_videos(0 if config.decoder == "dali" else int(config.cache_gib * 2**30))
 
     def __getitem__(self, position: int) -> ClipSample:
         """Decode one video range and cut its crops.
@@ -263,24 +290,12 @@ class PretrainClips(Videos):
     @contextmanager
     def _frames_of(self, index: int) -> Iterator[Frameable]:
         """An entry: decoded before, or opened now."""
-        if (kept := self._kept.get(index)) is not None:
+        entry = self.entries[index]
+        if (kept := self._decoded.videos.get(entry)) is not None:
             yield kept
         else:
             with self._open(index) as video:
-                yield self._keep(index, video) or video
-
-    def _keep(self, index: int, video: VideoFile) -> DecodedVideo | None:
-        """Decode the whole video, where it fits into what ``data.cache_gib`` leaves."""
-        num_bytes = video.num_frames * video.height * video.width * 3
-        if num_bytes > self._room:
-            return None
-        try:
-            decoded = DecodedVideo(video)
-        except VideoError:  # the frames of a clip may be none of the damaged ones
-            return None
-        self._kept[index] = decoded
-        self._room -= num_bytes
-        return decoded
+                yield self._decoded.keep(entry, video) or video
 
     def _plan(self, epoch: int, sample: int, video: Frameable) -> ClipPlan:
         return self.plan(

@@ -47,18 +47,23 @@ def noise(rng: np.random.Generator, height: int, width: int, cell: float) -> Flo
     return noise_HW * np.float32(315 / 151)
 
 
-def texture(rng: np.random.Generator, rows: int, columns: int, height: int, palette: Palette = every_hue) -> Floats:
-    """Noise of many octaves between two colours, with darker veins: like stone, ground or cloth. (rows, columns, C)."""
+def texture(
+    rng: np.random.Generator, rows: int, columns: int, height: int, palette: Palette = every_hue, detail: float = 1.0
+) -> Floats:
+    """Noise of many octaves between two colours, with darker veins: like stone, ground or cloth. (rows, columns, C).
+
+    ``detail`` is the strength of veins and of the octaves below a fifth of ``height``: without them, out of focus.
+    """
     mix_HW = np.full((rows, columns), 0.5, dtype=np.float32)
     for cell, strength in ((0.45, 0.20), (0.22, 0.10), (0.11, 0.07), (0.055, 0.06), (0.028, 0.07)):
-        mix_HW += strength * noise(rng, rows, columns, cell * height)
+        mix_HW += strength * (detail if cell < 0.2 else 1) * noise(rng, rows, columns, cell * height)
     hue = rng.uniform()
     first, second = (
         np.array(hsv_to_rgb(palette((hue + shift) % 1), rng.uniform(0.25, 0.55), value), dtype=np.float32)
         for shift, value in ((0, rng.uniform(0.42, 0.5)), (rng.uniform(0.12, 0.3), rng.uniform(0.64, 0.74)))
     )
     veins_HW = np.exp(-((noise(rng, rows, columns, 0.2 * height) / 0.12) ** 2))
-    return first + (mix_HW - 0.2 * veins_HW)[:, :, None] * (second - first)
+    return first + (mix_HW - 0.2 * detail * veins_HW)[:, :, None] * (second - first)
 
 
 def cut(scene_HWC: Floats, x: float, y: float, height: int, width: int) -> Floats:

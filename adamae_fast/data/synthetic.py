@@ -38,7 +38,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,6 +111,8 @@ def synthesize(
     seed: int = 0,
     codec: Literal["both", "h264", "vp9"] = "both",
     val_share: float | None = None,
+    classes: list[str] | None = None,
+    detail: float | None = None,
 ) -> Path:
     """Render a small labelled set of videos with the true boxes of what moves in them.
 
@@ -133,6 +135,9 @@ def synthesize(
         seed: Source of every random choice; 0 or more.
         codec: h264 in mp4, vp9 in webm, or both in turns.
         val_share: Share of the videos of preset=actions that are for validation, by default 0.25.
+        classes: Those of preset=actions to render, by default all fourteen; labels count in the order given.
+        detail: How finely structured the scenes of preset=actions are: 1, the default, like stone or cloth; 0 like
+            what is out of focus, which small models need fewer steps for.
 
     Returns:
         The path of the manifest for training, ready for data.manifest.
@@ -162,6 +167,18 @@ def synthesize(
         raise ValueError(f"codec={codec!r}: choose one of {', '.join(_CODECS)}")
     if val_share is not None and preset == "demo":
         raise ValueError(f"val_share={val_share}: only preset=actions has videos for validation; leave it out")
+    if classes is not None and preset == "demo":
+        raise ValueError(f"classes={classes}: only preset=actions has a choice of classes; leave it out")
+    if detail is not None and preset == "demo":
+        raise ValueError(f"detail={detail}: only preset=actions has a choice of scenes; leave it out")
+    detail = 1.0 if detail is None else detail
+    if not 0 <= detail <= 1:
+        raise ValueError(f"detail={detail}: choose a strength in [0, 1]")
+    names = chosen.classes if classes is None else tuple(classes)
+    if unknown := set(names) - set(chosen.classes):
+        raise ValueError(f"classes: no {', '.join(sorted(unknown))}; choose from {', '.join(chosen.classes)}")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"classes={classes}: choose at least one, and each once")
     num_val = round(num_videos * (_VAL_SHARE if val_share is None else val_share)) if preset == "actions" else 0
     if not 0 <= num_val < num_videos:
         raise ValueError(f"val_share={val_share}: choose a share in [0, 1) that leaves a video for training")
@@ -170,6 +187,7 @@ def synthesize(
         raise ValueError(f"out={out!r}: already holds something; choose a new folder, or remove this one first")
 
     size = {"num_frames": num_frames, "width": width, "height": height}
+    look = {**size, "detail": detail}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-unfinished-") as scratch:
         # One level down, because the scratch folder itself is readable by its owner only.
@@ -178,13 +196,13 @@ def synthesize(
         if preset == "demo":
             parts = {"manifest.txt": _demo_jobs(draft, num_videos, seed, codec, size)}
         else:
-            parts = {"train.txt": _action_jobs(draft, "train", num_videos - num_val, seed, codec, size)}
+            parts = {"train.txt": _action_jobs(draft, "train", names, num_videos - num_val, seed, codec, look)}
             if num_val:
-                parts["val.txt"] = _action_jobs(draft, "val", num_val, seed, codec, size)
+                parts["val.txt"] = _action_jobs(draft, "val", names, num_val, seed, codec, look)
         _render_all([job for jobs in parts.values() for job in jobs])
         for name, jobs in parts.items():
             (draft / name).write_text("".join(f"videos/{job.path.name} {job.label}\n" for job in jobs))
-        (draft / "labels.json").write_text(json.dumps(chosen.classes))
+        (draft / "labels.json").write_text(json.dumps(names))
         draft.rename(folder)
     return folder / next(iter(parts))
 
@@ -201,16 +219,18 @@ def _demo_jobs(draft: Path, num_videos: int, seed: int, codec: str, size: dict[s
     return jobs
 
 
-def _action_jobs(draft: Path, split: Split, num_videos: int, seed: int, codec: str, size: dict[str, int]) -> list[_Job]:
+def _action_jobs(
+    draft: Path, split: Split, names: Sequence[str], num_videos: int, seed: int, codec: str, look: dict[str, Any]
+) -> list[_Job]:
     """Each class once in as many consecutive videos as there are classes; with both codecs, each class has both."""
     part = 2 + (split == "val")
     jobs = []
     for index in range(num_videos):
-        block, place = divmod(index, len(ACTIONS))
-        label = int(np.random.default_rng([seed, part, 0, block]).permutation(len(ACTIONS))[place])
+        block, place = divmod(index, len(names))
+        label = int(np.random.default_rng([seed, part, 0, block]).permutation(len(names))[place])
         extension, encoder, options = _CODECS[codec][(block + label) % len(_CODECS[codec])]
-        path = draft / "videos" / f"{split}-{index:04d}_{ACTIONS[label]}.{extension}"
-        drawing = partial(render_action, ACTIONS[label], split, (seed, part, 1, index), **size)
+        path = draft / "videos" / f"{split}-{index:04d}_{names[label]}.{extension}"
+        drawing = partial(render_action, names[label], split, (seed, part, 1, index), **look)
         jobs.append(_Job(path, label, encoder, options, drawing))
     return jobs
 

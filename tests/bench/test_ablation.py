@@ -12,14 +12,14 @@ import pytest
 from adamae_fast.config import load_config
 from adamae_fast.run_folder import RunFolder
 from bench import ablation, ablation_page, table1
-from bench.ablation import COLUMNS, NO_PRETRAINING, PRESETS, SEEDS, Job
+from bench.ablation import COLUMNS, PRESETS, ROWS, SEEDS, SMALL_DATA, Job
 from bench.ablation_page import Spread, Study
 
 QUICK = PRESETS["quick"]
 
 
 def case(part: str, name: str) -> table1.Case:
-    return next(x for x in table1.CASES if (x.part[:3], x.name) == (part, name))
+    return next(x for x in ROWS if (x.part[:3], x.name) == (part, name))
 
 
 def job(of: table1.Case, seed: int = 0, work: Path = Path("work"), preset: ablation.Preset = QUICK) -> Job:
@@ -28,9 +28,10 @@ def job(of: table1.Case, seed: int = 0, work: Path = Path("work"), preset: ablat
 
 def test_rows_that_are_one_configuration_are_trained_once() -> None:
     names = {"(a)": "adaptive 95 %", "(b)": "0.95", "(c)": "4 blocks", "(d)": "MSE, normalised", "(f)": "1 × 768"}
+    names["(g)"] = "the paper's"
     assert len({job(case(part, name)).folder for part, name in names.items()}) == 1
-    every = [job(x, preset=PRESETS["cpu"]).folder for x in (*table1.CASES, NO_PRETRAINING)]
-    assert len(set(every)) == len(every) - 5  # the default stands in six parts
+    every = [job(x, preset=PRESETS["cpu"]).folder for x in ROWS]
+    assert len(set(every)) == len(every) - 6  # the default stands in seven parts
     assert job(case("(a)", "tube 90 %"), 1).folder != job(case("(a)", "tube 90 %"), 2).folder
 
 
@@ -40,8 +41,10 @@ def test_rows_that_are_one_configuration_are_trained_once() -> None:
         ("(a)", "frame 87.5 %", {"mask.strategy": "frame", "mask.ratio": 0.875, "model.decoder.depth": 4}),
         ("(c)", "1 block", {"model.decoder.depth": 1, "mask.ratio": 0.95}),
         ("(d)", "L1, raw pixels", {"loss.error": "l1", "loss.target": "raw"}),
-        ("(f)", "1 × 384", {"model.sampler.width": 64}),  # half of nano's, as of ViT-B's
-        ("(f)", "2 × 384", {"model.sampler.width": 64, "model.sampler.depth": 2}),
+        ("(f)", "1 × 384", {"model.sampler.width": 32}),  # half of pico's, as of ViT-B's
+        ("(f)", "2 × 384", {"model.sampler.width": 32, "model.sampler.depth": 2}),
+        ("(g)", "learning rate × 3", {"optim.sampler_lr_scale": 3.0, "loss.sampling_baseline": 0.0}),
+        ("(g)", "baseline 0.9", {"optim.sampler_lr_scale": 1.0, "loss.sampling_baseline": 0.9, "mask.ratio": 0.95}),
         ("(f)", "MLP", {"model.sampler.kind": "mlp", "model.sampler.width": None}),
     ],
 )
@@ -124,6 +127,14 @@ def test_unknown_rows_are_named(tmp_path: Path) -> None:
         ablation.main(["--processes", "-1"])
 
 
+DID = {
+    "pretrain": 10.0,
+    "finetune": 5.0,
+    "probe": 1.0,
+    "curves": {"loss_reconstruction": [[1, 1.0]], "motion_lift": [[1, 1.1], [2, 1.2]], "finetune_loss": [[1, 0.7]]},
+}
+
+
 def study_of(**top1: list[float]) -> Study:
     """A study whose rows have these accuracies; "adaptive" and the like name rows of part (a)."""
     names = {"adaptive": "adaptive 95 %", "tube": "tube 90 %", "random": "random 90 %", "frame": "frame 87.5 %"}
@@ -131,20 +142,30 @@ def study_of(**top1: list[float]) -> Study:
     for key, values in top1.items():
         for seed, value in zip(SEEDS, values, strict=False):
             figures = {"top1": value, "probe": value / 2, "visible": 6, "tokens": 128, "kept_bytes": 4e6, "error": 0.5}
-            figures |= {"adaptivity": 2.25 if key == "adaptive" else 1.0, "untrained": 1.1, "entropy": 0.9}
+            figures |= {
+                "clamped": 0.0,
+                "adaptivity": 2.25 if key == "adaptive" else 1.0,
+                "untrained": 1.1,
+                "entropy": 0.9,
+            }
             figures["kept_bytes_vitb"] = 290e6 if key == "adaptive" else 300e6
-            row = {"part": "(a) masking", "case": names[key], "seed": str(seed), "settings": "x"}
+            row = {"part": "(a) masking", "case": names.get(key, key), "seed": str(seed), "settings": "x"}
+            if key not in names:
+                row["part"] = SMALL_DATA[0].part
             rows.append({**row, **{name: str(int(x) if x > 1e3 else x) for name, x in figures.items()}})
     taken = {"device": "a CPU", "torch": "2", "commit": "abc", "date": "today", "load": "0"}
     budget = {"num_videos": 28, "num_val": 14, "pretrain_steps": 2, "finetune_steps": 2, "probe_videos": 14}
-    budget |= {"batch_size": 4, "repeat": 2, "frame_size": 32}
+    budget |= {"batch_size": 4, "frame_size": 32, "size": "pico", "detail": 0.0}
     about = {
         "conditions": taken,
         "budget": budget,
-        "classes": 14,
+        "classes": ["move-left", "move-right"],
         "num_frames": 8,
         "processes": 2,
-        "rows": [],
+        "rows": [
+            {"part": row["part"], "case": row["case"], "seed": int(row["seed"]), "run": row["case"], **DID}
+            for row in rows
+        ],
     }
     return Study("ablation_x", rows, about)
 
@@ -160,6 +181,11 @@ def test_findings_follow_from_the_figures() -> None:
     lost = " ".join(ablation_page.findings(study_of(adaptive=[0.1, 0.1], random=random, frame=frame)))
     assert "worse by more than a standard deviation" in lost
     assert "not the worst, adaptive 95 % is" in lost
+    assert "Why not more?" not in lost
+    small = {"the paper's": [0.5, 0.5], "no dropout": [0.4, 0.6], "baseline 0.9": [0.7, 0.7]}
+    why = " ".join(ablation_page.findings(study_of(**small)))
+    assert "1.00 ± 0.00 with the paper's settings (at least 2: missed)" in why
+    assert "that of *baseline 0.9*: 70.0 ± 0.0 % against the paper's 50.0 ± 0.0 %: better by more" in why
 
 
 def test_page_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,9 +193,10 @@ def test_page_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     text = ablation_page.page(study)
     assert "| **adaptive 95 %** | 6 of 128 | 51.0 ± 1.4 | 25.5 ± 0.7 | 2.25 ± 0.00 |" in text
     assert "| tube 75 % | not measured |" in text
-    assert text.count("\n## ") == 9  # findings, six parts of the paper, none, again
-    ablation_page.picture(study).savefig(tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 1000
+    assert text.count("\n## ") == 10  # findings, six parts of the paper, none, little data, again
+    for number, figure in enumerate((ablation_page.picture(study), ablation_page.curves(study))):
+        figure.savefig(tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").stat().st_size > 1000
 
 
 def test_spread() -> None:

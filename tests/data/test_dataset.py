@@ -263,11 +263,13 @@ def test_a_cache_decodes_what_fits_once_and_changes_nothing(entries: list[Entry]
     sizes = [open_entry(entry).num_frames * first.height * first.width * 3 for entry in entries]
     for room, kept in ((sum(sizes), NUM_VIDEOS), (sum(sizes) - 1, NUM_VIDEOS - 1), (min(sizes) - 1, 0)):
         shown.clear()
+        dataset_module.decoded_videos.cache_clear()
         clips = _clips(entries, **config, cache_gib=room / 2**30)
         samples = [clips[p] for p in range(3 * NUM_VIDEOS)]
         assert all(torch.equal(a.video, b) for a, b in zip(samples, expected, strict=True))
         assert len(shown) == 3 * NUM_VIDEOS - 2 * kept
         assert sum(sample.decode.frames == 0 for sample in samples) == 2 * kept
+    dataset_module.decoded_videos.cache_clear()
 
 
 def test_a_cache_takes_the_readable_part_of_a_damaged_video(
@@ -288,6 +290,7 @@ def test_a_cache_takes_the_readable_part_of_a_damaged_video(
     monkeypatch.setattr(dataset_module, "open_entry", damaged_at_its_end)
     monkeypatch.setattr(PretrainClips, "plan", staticmethod(lambda *a, **k: plan_clip(*a, **{**k, "total_frames": 4})))
     for cache_gib in (0.0, 1.0):
+        dataset_module.decoded_videos.cache_clear()
         sample = _clips(entries[:1], stride=1, cache_gib=cache_gib)[0]
         assert (sample.bad, sample.decode.frames) == ((), 4)
 
