@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adamae_fast.data import drawing, synthetic
-from adamae_fast.data.actions import ACTIONS, LOOKS, Film, Motion, palette_of
+from adamae_fast.data.actions import ACTIONS, LOOKS, Film, Motion, palette_of, render_action
 from adamae_fast.data.drawing import OUTLINES, PATTERNS
 from adamae_fast.data.synthetic import read_boxes, synthesize
 
@@ -92,6 +92,12 @@ def test_the_same_bytes_from_any_number_of_processes(tmp_path: Path, monkeypatch
         ({"preset": "action"}, "preset='action': choose one of demo, actions"),
         ({"codec": "av1"}, "codec='av1': choose one of both, h264, vp9"),
         ({"preset": "demo", "val_share": 0.5}, "only preset=actions has videos for validation"),
+        ({"preset": "demo", "classes": ["zoom-in"]}, "only preset=actions has a choice of classes"),
+        ({"preset": "demo", "detail": 0.5}, "only preset=actions has a choice of scenes"),
+        ({"classes": ["zoom-in", "jump"]}, "classes: no jump; choose from move-left, move-right"),
+        ({"classes": []}, "choose at least one, and each once"),
+        ({"classes": ["sway", "sway"]}, "choose at least one, and each once"),
+        ({"detail": 1.5}, "detail=1.5: choose a strength in"),
         ({"val_share": 1.0}, "val_share=1.0: choose a share in"),
         ({"val_share": -0.1}, "val_share=-0.1: choose a share in"),
     ],
@@ -100,6 +106,29 @@ def test_bad_options(options: dict[str, object], message: str, tmp_path: Path) -
     with pytest.raises(ValueError, match=message):
         synthesize(str(tmp_path / "out"), **{"preset": "actions", "num_videos": 14, **options})  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_choice_of_classes(tmp_path: Path) -> None:
+    names = ["zoom-in", "sway"]
+    options = {"num_frames": 8, "width": 64, "height": 64, "val_share": 0.5}
+    synthesize(str(tmp_path / "a"), "actions", 8, classes=names, **options)
+    assert json.loads((tmp_path / "a" / "labels.json").read_text()) == names
+    for part in ("train", "val"):
+        lines = [line.split() for line in (tmp_path / "a" / f"{part}.txt").read_text().splitlines()]
+        assert sorted(label for _, label in lines) == ["0", "0", "1", "1"]
+        assert all(names[int(label)] in path for path, label in lines)
+
+
+def test_detail_is_that_of_the_scene_alone() -> None:
+    size = {"num_frames": 8, "width": 64, "height": 64}
+    (_, boxes), (fine, same_boxes) = (render_action("sway", "train", (3,), **size, detail=d) for d in (0.0, 1.0))
+    assert np.array_equal(boxes, same_boxes)
+    assert np.array_equal(fine, render_action("sway", "train", (3,), **size)[0])
+    # Curvature of brightness: next to none where the finest structure has cells of a fifth of the frame.
+    scenes = [drawing.texture(np.random.default_rng(3), 64, 64, 64, detail=detail) for detail in (0.0, 0.5, 1.0)]
+    none, half, full = (np.abs(np.diff(scene, 2, axis=1)).mean() for scene in scenes)
+    assert none < 0.05 * full
+    assert 0.4 * full < half < 0.6 * full
 
 
 def test_looks_are_of_one_part_only() -> None:
