@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import yaml
 
 from adamae_fast.config_distributed import DistributedConfig, check_distributed
+from adamae_fast.config_optim import FusedBy, OptimConfig
 from adamae_fast.errors import require as _require
 from adamae_fast.parser_errors import in_plain_words
 
@@ -45,7 +46,6 @@ AttentionName = Literal[
     "reference",
 ]
 Recompute = Literal["none", "pointwise", "fc1", "block"]
-FusedBy = Literal["torch", "apex"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +204,9 @@ class LossConfig:
     """Factor of the sampling loss in the total; only used by mask.strategy=adaptive."""
 
     sampling_baseline: float = 0.0
-    """Share of a clip's mean error that is taken off each token's before the sampler learns from it; 0 is the paper's.
-    More makes masks look harder at what is predicted badly; for short trainings on little data (docs/ablation.md)."""
+    """Share of the mean error of a clip's decoded tokens that is taken off each token's, down to 0, before the sampler
+    learns from it; 0 is the paper's. More makes masks look harder at what is predicted badly; for short trainings on
+    little data (docs/ablation.md). Tokens below the baseline are hardly ever visible once it has learned."""
 
     def __post_init__(self) -> None:
         _require(
@@ -256,9 +257,10 @@ class DataConfig:
     """Decoding processes; 0 decodes in the training process."""
 
     cache_gib: float = 0.0
-    """Memory of each decoding process for whole decoded videos, in GiB. A set of short videos that fits is decoded once
-    by each of them; what does not fit is decoded as it is needed. Costs that memory, num_workers times, for as long as
-    the process lives: a video that changes meanwhile is not read again."""
+    """Memory of each decoding process for whole decoded videos of training, in GiB. A set of short videos that fits is
+    decoded once by each of them; what does not fit is decoded as it is needed, and validation always. Costs that
+    memory, num_workers times, for as long as the process lives: a video that changes meanwhile is not read again.
+    Decoding a video whole takes longer than a clip of it, which counts against data.timeout."""
 
     timeout: float = 60.0
     """Seconds that a worker may spend on one video. One that takes longer counts as unreadable."""
@@ -280,61 +282,6 @@ class DataConfig:
             self.random_resized_scale,
             "choose 0 < low <= high <= 1",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW and its schedule (paper Table 5)."""
-
-    base_lr: float = 1.5e-4
-    """Peak learning rate for a total batch of 256 clips; scaled linearly with the total batch."""
-
-    min_lr: float = 1e-5
-    """Learning rate at the end of the cosine, for a total batch of 256; scaled likewise."""
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moment."""
-
-    weight_decay: float = 0.05
-    """Decoupled decay; not applied to biases, norms, other 1-D tensors and the mask token."""
-
-    layer_decay: float = 1.0
-    """Factor on the learning rate for each encoder block towards the input; 1 for one rate everywhere. Below 1 the
-    early layers of a model that continues on other data change less."""
-
-    sampler_lr_scale: float = 1.0
-    """Factor on the learning rate for the sampler; 1 is the paper's. AdamW takes steps of one size whatever
-    loss.sampling_weight is, so this is what makes the sampler learn faster or slower than the rest."""
-
-    warmup_epochs: float = 40.0
-    """Length of the linear warm-up from 0. With train.steps it keeps its share of the run."""
-
-    clip_grad_norm: float | None = None
-    """Largest allowed 2-norm of all gradients together; null for no clipping."""
-
-    implementation: FusedBy = "torch"
-    """torch's fused AdamW, or the FusedAdam of NVIDIA apex where it is installed (CUDA only). They differ in rounding,
-    and continue each other's checkpoints. Cost: a package to build; whether there is a gain was not measured."""
-
-    def __post_init__(self) -> None:
-        _require(self.base_lr > 0, "optim.base_lr", self.base_lr, "choose a positive learning rate")
-        _require(0 <= self.min_lr <= self.base_lr, "optim.min_lr", self.min_lr, f"choose 0 to base_lr={self.base_lr}")
-        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "choose 0 or more")
-        _require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "choose a factor in (0, 1]")
-        _require(
-            self.sampler_lr_scale > 0,
-            "optim.sampler_lr_scale",
-            self.sampler_lr_scale,
-            "choose a positive factor; loss.sampling_weight=0 leaves the sampler untrained",
-        )
-        _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "choose 0 or more epochs")
-        _require(
-            self.clip_grad_norm is None or self.clip_grad_norm > 0,
-            "optim.clip_grad_norm",
-            self.clip_grad_norm,
-            "choose a positive norm, or null for no clipping",
-        )
-        _require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "choose two numbers in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -552,7 +499,17 @@ class PretrainConfig(RunConfig):
                     messages.append(f"loss.{key} has no effect: {reason}")
             if self.optim.sampler_lr_scale != 1:
                 messages.append(f"optim.sampler_lr_scale has no effect: {reason}")
-        elif self.model.sampler.kind == "mlp" and self.model.attention.sampler != "auto":
+        elif self.loss.sampling_weight == 0:
+            reason = "loss.sampling_weight=0 leaves the sampler untrained"
+            if self.loss.sampling_baseline != 0:
+                messages.append(f"loss.sampling_baseline has no effect: {reason}")
+            if self.optim.sampler_lr_scale != 1:
+                messages.append(f"optim.sampler_lr_scale has no effect: {reason}")
+        if (
+            self.mask.strategy == "adaptive"
+            and self.model.sampler.kind == "mlp"
+            and self.model.attention.sampler != "auto"
+        ):
             messages.append("model.attention.sampler has no effect: model.sampler.kind=mlp has no attention")
         if self.init_weights is not None and self.resume not in ("auto", "none"):
             messages.append(f"init_weights has no effect: resume={self.resume} brings its own weights")

@@ -75,7 +75,9 @@ def test_a_recipe_with_a_wrong_value_names_file_key_value_and_choices(tmp_path):
     recipe.write_text("mask: {strategy: foo}\nmodel: {size: giant}\n")
     with pytest.raises(ValueError, match=r"recipe\.yaml: mask\.strategy=foo: choose adaptive, random, tube or frame"):
         load_config(recipe)
-    with pytest.raises(ValueError, match=r"recipe\.yaml: model\.size=giant: choose nano, small, base, large or huge"):
+    with pytest.raises(
+        ValueError, match=r"recipe\.yaml: model\.size=giant: choose pico, nano, small, base, large or huge"
+    ):
         VideoClassifier.from_config(recipe, num_classes=2)
 
 

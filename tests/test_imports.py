@@ -15,6 +15,7 @@ KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 BASE = {
     "config",
     "config_distributed",
+    "config_optim",
     "config_features",
     "config_finetune",
     "device",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import cache
 from typing import ClassVar, NamedTuple, Self
 
@@ -118,20 +118,26 @@ ReasonAgainst = Callable[[Frameable], str | None]
 
 
 class DecodedVideos:
-    """What this process has decoded and kept for ``data.cache_gib``: videos that fitted whole into ``room`` bytes."""
+    """What this process has decoded and kept for ``data.cache_gib``: videos that fitted whole into ``room`` bytes.
+
+    While one is decoded, its frames are there twice.
+    """
 
     def __init__(self, room: int) -> None:
         self.videos: dict[Entry, DecodedVideo] = {}
         self.room = room
+        self.damaged: set[Entry] = set()
+        """Those that do not decode whole; frames of a clip may be none of the damaged ones."""
 
     def keep(self, entry: Entry, video: VideoFile) -> DecodedVideo | None:
         """Decode the whole video, where it fits."""
         num_bytes = video.num_frames * video.height * video.width * 3
-        if num_bytes > self.room:
+        if num_bytes > self.room or entry in self.damaged:
             return None
         try:
             decoded = DecodedVideo(video)
-        except VideoError:  # the frames of a clip may be none of the damaged ones
+        except VideoError:
+            self.damaged.add(entry)
             return None
         self.videos[entry] = decoded
         self.room -= num_bytes
@@ -139,7 +145,7 @@ class DecodedVideos:
 
 
 @cache
-def decoded_videos(room: int) -> DecodedVideos:
+def decoded_videos(decoder: str, room: int) -> DecodedVideos:
     """Those of this process. They outlive a run, so that a study of many runs decodes its videos once."""
     return DecodedVideos(room)
 
@@ -228,8 +234,6 @@ class PretrainClips(Videos):
         super().__init__(entries, config, num_frames, frame_size, known_crashers)
         self.seed = seed
         self._order: tuple[int, NDArray[np.int64]] | None = None
-        # DALI decodes from the files' bytes.
-        self._decoded = decoded_videos(0 if config.decoder == "dali" else int(config.cache_gib * 2**30))
 
     def __getitem__(self, position: int) -> ClipSample:
         """Decode one video range and cut its crops.
@@ -274,7 +278,9 @@ class PretrainClips(Videos):
     ) -> ClipSample | EncodedSample:
         """All crops of one range of frames of an entry, or its bytes where nothing speaks against that."""
         start = time.perf_counter()
-        with self._frames_of(index) as video:
+        # What goes to another process as bytes needs its file.
+        source: AbstractContextManager[Frameable] = self._open(index) if reason_against else self._frames_of(index)
+        with source as video:
             plan = self._plan(epoch, sample, video)
             reason = reason_against(video) if reason_against else ""
             if reason is None:
@@ -291,11 +297,12 @@ class PretrainClips(Videos):
     def _frames_of(self, index: int) -> Iterator[Frameable]:
         """An entry: decoded before, or opened now."""
         entry = self.entries[index]
-        if (kept := self._decoded.videos.get(entry)) is not None:
+        decoded = decoded_videos(self.config.decoder, int(self.config.cache_gib * 2**30))
+        if (kept := decoded.videos.get(entry)) is not None:
             yield kept
         else:
             with self._open(index) as video:
-                yield self._decoded.keep(entry, video) or video
+                yield decoded.keep(entry, video) or video
 
     def _plan(self, epoch: int, sample: int, video: Frameable) -> ClipPlan:
         return self.plan(

@@ -506,7 +506,7 @@ class DecodedVideo:
         """See :class:`Frameable`. Decoding counts for the first time."""
         self.num_decoded, self._decoded_before_read = self._decoded_before_read, 0
         wanted, inverse = _checked(ids, self.num_frames)
-        return self.frames_THWC[wanted][inverse]
+        return _select(self.frames_THWC[wanted], wanted, inverse)
 
 
 def fitted_size(height: int, width: int, short_side: int) -> tuple[int, int]:
@@ -557,7 +557,7 @@ def _errors_of_pyav(path: str, if_invalid: str) -> Iterator[None]:
     # PyAV raises ValueError for pixel formats and sizes that it cannot convert.
     except (av.error.FFmpegError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        if isinstance(error, av.error.PermissionError) and error.errno == errno.EPERM:
+        if getattr(error, "errno", None) == errno.EPERM:
             reason = "finds no stream that it can read"  # what it returns, -1, merely reads like a matter of permission
         raise VideoError(path, f"FFmpeg: {reason}") from error
 

@@ -251,7 +251,8 @@ def view_batches(
     An unreadable video is in the ``bad`` of exactly one batch of one rank, and no other video takes its place; so on
     all ranks together, videos in ``ids`` and videos in ``bad`` are as many as ``entries``. Ranks may have different
     numbers of batches. A batch holds whole videos: as many as fit into ``batch_size`` clips, at least one; the last one
-    may be smaller. Of ``config``, its crop, flip and repeat have no effect here, and decoder=dali decodes as auto does.
+    may be smaller. Of ``config``, its crop, flip, repeat and cache_gib have no effect here, and decoder=dali decodes
+    as auto does.
 
     Raises:
         The same as :func:`~adamae_fast.data.loader.clip_batches`, but for NoReadableVideoError.

@@ -103,7 +103,8 @@ class AdaMAE(nn.Module):
         loss = mean(error) + loss.sampling_weight · -mean(log p[masked] · error)      (equations 4, 5)
 
     With ``loss.sampling_baseline``, which the paper has not, the second error is max(0, error - baseline · its mean
-    over the clip): at rest p is proportional to it, so the sampler looks away from what is predicted well.
+    over the clip's decoded tokens): at rest p is proportional to it, so the sampler looks away from what is predicted
+    well.
 
     The strategies random, tube and frame draw the visible tokens without a sampler; then there is none, ``sampler`` is
     None, and the second term is 0. Positions are tables of sines, which are computed and no weights.
@@ -115,7 +116,7 @@ class AdaMAE(nn.Module):
     Args:
         model: sizes of the clip and of the network.
         mask: strategy and ratio; the recipe's defaults if None.
-        loss: error, target and weight of the sampling loss; likewise.
+        loss: error, target, weight and baseline of the sampling loss; likewise.
 
     Raises ValueError for sizes that do not divide, and for a ratio that leaves nothing visible or nothing masked.
     """
@@ -245,7 +246,7 @@ class AdaMAE(nn.Module):
         loss = loss_reconstruction
         loss_sampling = torch.zeros_like(loss_reconstruction)
         if logits_BN is not None:
-            loss_sampling = sampling_loss(logits_BN, decoded_ids_BM, self._taught(error_BM.detach())).mean()
+            loss_sampling = sampling_loss(logits_BN, decoded_ids_BM, self._error_for_sampler(error_BM.detach())).mean()
             loss = loss_reconstruction + self.loss_config.sampling_weight * loss_sampling
         return AdaMAEOutput(
             loss=loss,
@@ -260,8 +261,8 @@ class AdaMAE(nn.Module):
             decoded_ids=decoded_ids_BM,
         )
 
-    def _taught(self, error_BM: Tensor) -> Tensor:
-        """What the sampler is to be proportional to."""
+    def _error_for_sampler(self, error_BM: Tensor) -> Tensor:
+        """What p is to be proportional to: the error, or what is above the baseline."""
         baseline = self.loss_config.sampling_baseline
         if baseline == 0:
             return error_BM

@@ -108,7 +108,9 @@ def _vanishing(line: Mapping[str, Any], config: PretrainConfig, model: AdaMAE) -
 
 def _calm(config: PretrainConfig) -> str:
     """What slows the sampler down. Not its loss's weight: AdamW divides a constant factor of a gradient out again."""
-    knobs = f"go back to an earlier checkpoint and lower optim.base_lr={config.optim.base_lr:g}"
+    knobs = f"go back to an earlier checkpoint and lower optim.sampler_lr_scale={config.optim.sampler_lr_scale:g}"
+    if config.loss.sampling_baseline > 0:
+        knobs += f" or loss.sampling_baseline={config.loss.sampling_baseline:g}, which sharpens it"
     if config.model.sampler.kind == "attention":
         knobs += f" or raise model.sampler.dropout={config.model.sampler.dropout:g}"
     return knobs

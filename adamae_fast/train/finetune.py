@@ -44,6 +44,7 @@ KEYS = KeyKinds(
     ),
     harmless=(
         "output_dir", "resume", "init", "checkpoint.", "log.", "data.num_workers", "data.timeout", "views.",
+        "data.cache_gib", "optim.sampler_lr_scale",
         "distributed.timeout", "model.attention.", "model.sampler.", "model.decoder.", "train.recompute",
         "train.cuda_graph",
     ),

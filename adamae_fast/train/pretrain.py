@@ -38,7 +38,7 @@ KEYS = KeyKinds(
     ),
     harmless=(
         "output_dir", "resume", "init_weights", "checkpoint.", "log.", "data.num_workers", "data.timeout",
-        "distributed.timeout", "model.attention.", "train.recompute", "train.cuda_graph",
+        "data.cache_gib", "distributed.timeout", "model.attention.", "train.recompute", "train.cuda_graph",
     ),
     worth_a_warning=(
         "model.layer_norm", "optim.implementation", "train.compile", "train.batch_size", "train.accumulate",

@@ -28,7 +28,7 @@ def job(of: table1.Case, seed: int = 0, work: Path = Path("work"), preset: ablat
 
 def test_rows_that_are_one_configuration_are_trained_once() -> None:
     names = {"(a)": "adaptive 95 %", "(b)": "0.95", "(c)": "4 blocks", "(d)": "MSE, normalised", "(f)": "1 × 768"}
-    names["(g)"] = "the paper's"
+    names["(g)"] = "defaults"
     assert len({job(case(part, name)).folder for part, name in names.items()}) == 1
     every = [job(x, preset=PRESETS["cpu"]).folder for x in ROWS]
     assert len(set(every)) == len(every) - 6  # the default stands in seven parts
@@ -131,7 +131,7 @@ DID = {
     "pretrain": 10.0,
     "finetune": 5.0,
     "probe": 1.0,
-    "curves": {"loss_reconstruction": [[1, 1.0]], "motion_lift": [[1, 1.1], [2, 1.2]], "finetune_loss": [[1, 0.7]]},
+    "curves": {key: [[1, 1.0], [2, 1.1], [3, 1.2]] for key in ("loss_reconstruction", "motion_lift", "finetune_loss")},
 }
 
 
@@ -155,11 +155,10 @@ def study_of(**top1: list[float]) -> Study:
             rows.append({**row, **{name: str(int(x) if x > 1e3 else x) for name, x in figures.items()}})
     taken = {"device": "a CPU", "torch": "2", "commit": "abc", "date": "today", "load": "0"}
     budget = {"num_videos": 28, "num_val": 14, "pretrain_steps": 2, "finetune_steps": 2, "probe_videos": 14}
-    budget |= {"batch_size": 4, "frame_size": 32, "size": "pico", "detail": 0.0}
+    budget |= {"batch_size": 4, "frame_size": 32, "size": "pico", "detail": 0.0, "classes": ["sway", "push"]}
     about = {
         "conditions": taken,
         "budget": budget,
-        "classes": ["move-left", "move-right"],
         "num_frames": 8,
         "processes": 2,
         "rows": [
@@ -181,11 +180,20 @@ def test_findings_follow_from_the_figures() -> None:
     lost = " ".join(ablation_page.findings(study_of(adaptive=[0.1, 0.1], random=random, frame=frame)))
     assert "worse by more than a standard deviation" in lost
     assert "not the worst, adaptive 95 % is" in lost
-    assert "Why not more?" not in lost
-    small = {"the paper's": [0.5, 0.5], "no dropout": [0.4, 0.6], "baseline 0.9": [0.7, 0.7]}
-    why = " ".join(ablation_page.findings(study_of(**small)))
-    assert "1.00 ± 0.00 with the paper's settings (at least 2: missed)" in why
-    assert "that of *baseline 0.9*: 70.0 ± 0.0 % against the paper's 50.0 ± 0.0 %: better by more" in why
+    assert "little data" not in lost
+
+
+def test_findings_about_little_data_follow_from_the_figures() -> None:
+    def text_of(**top1: list[float]) -> str:
+        return " ".join(ablation_page.small_data_findings(study_of(**top1)))
+
+    won = text_of(**{"defaults": [0.5, 0.5], "no dropout": [0.4, 0.6], "baseline 0.9": [0.7, 0.7]})
+    assert "has the highest adaptivity, 1.00 ± 0.00 (at least 2: missed)" in won
+    assert "*baseline 0.9*, 70.0 ± 0.0 % against 50.0 ± 0.0 %: better by more than" in won
+    lost = text_of(**{"defaults": [0.7, 0.7], "no dropout": [0.5, 0.5]})
+    assert "No other setting" in lost
+    assert "Best setting" not in lost
+    assert text_of(**{"no dropout": [0.5]}) == text_of(defaults=[0.5]) == ""
 
 
 def test_page_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

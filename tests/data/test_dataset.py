@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from adamae_fast.config import DataConfig, DecoderName
 from adamae_fast.data import dataset as dataset_module
 from adamae_fast.data.clips import ClipPlan, View, apply_view, center_box, plan_clip
-from adamae_fast.data.dataset import NOTHING, NoReadableVideoError, PretrainClips
+from adamae_fast.data.dataset import NOTHING, ClipSample, EncodedSample, NoReadableVideoError, PretrainClips
 from adamae_fast.data.decode import VideoError, VideoFile, decord_is_installed, open_entry, open_video
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo
@@ -42,6 +42,13 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
 
     monkeypatch.setattr(dataset_module, "open_entry", keep)
     return labels
+
+
+@pytest.fixture
+def empty_cache() -> Iterator[None]:
+    dataset_module.decoded_videos.cache_clear()
+    yield
+    dataset_module.decoded_videos.cache_clear()
 
 
 def _clips(entries: Sequence[Entry], seed: int = 0, num_frames: int = NUM_FRAMES, **config: object) -> PretrainClips:
@@ -256,6 +263,7 @@ def test_files_are_closed(entries: list[Entry], monkeypatch: pytest.MonkeyPatch)
     assert len(closed) == NUM_VIDEOS
 
 
+@pytest.mark.usefixtures("empty_cache")
 def test_a_cache_decodes_what_fits_once_and_changes_nothing(entries: list[Entry], shown: list[int]) -> None:
     config = {"repeat": 2, "flip": True, "crop": "random_resized"}
     expected = [_clips(entries, **config)[p].video for p in range(3 * NUM_VIDEOS)]
@@ -263,23 +271,25 @@ def test_a_cache_decodes_what_fits_once_and_changes_nothing(entries: list[Entry]
     sizes = [open_entry(entry).num_frames * first.height * first.width * 3 for entry in entries]
     for room, kept in ((sum(sizes), NUM_VIDEOS), (sum(sizes) - 1, NUM_VIDEOS - 1), (min(sizes) - 1, 0)):
         shown.clear()
-        dataset_module.decoded_videos.cache_clear()
         clips = _clips(entries, **config, cache_gib=room / 2**30)
         samples = [clips[p] for p in range(3 * NUM_VIDEOS)]
         assert all(torch.equal(a.video, b) for a, b in zip(samples, expected, strict=True))
         assert len(shown) == 3 * NUM_VIDEOS - 2 * kept
         assert sum(sample.decode.frames == 0 for sample in samples) == 2 * kept
-    dataset_module.decoded_videos.cache_clear()
 
 
+@pytest.mark.usefixtures("empty_cache")
 def test_a_cache_takes_the_readable_part_of_a_damaged_video(
     entries: list[Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[int] = []
+
     def damaged_at_its_end(entry: Entry, decoder: DecoderName) -> VideoFile:
         video = open_entry(entry, decoder)
         read = video.read
 
         def read_beginning(ids: Sequence[int]) -> Any:
+            asked.append(len(ids))
             if max(ids) > 3:
                 raise VideoError(entry.path, "damaged")
             return read(ids)
@@ -290,9 +300,19 @@ def test_a_cache_takes_the_readable_part_of_a_damaged_video(
     monkeypatch.setattr(dataset_module, "open_entry", damaged_at_its_end)
     monkeypatch.setattr(PretrainClips, "plan", staticmethod(lambda *a, **k: plan_clip(*a, **{**k, "total_frames": 4})))
     for cache_gib in (0.0, 1.0):
-        dataset_module.decoded_videos.cache_clear()
-        sample = _clips(entries[:1], stride=1, cache_gib=cache_gib)[0]
-        assert (sample.bad, sample.decode.frames) == ((), 4)
+        asked.clear()
+        clips = _clips(entries[:1], stride=1, cache_gib=cache_gib)
+        samples = [clips[position] for position in range(3)]
+        assert [(sample.bad, sample.decode.frames) for sample in samples] == [((), 4)] * 3
+        assert asked == [12, 4, 4, 4] if cache_gib else [4, 4, 4]  # whole, once
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_a_cache_keeps_nothing_of_what_dali_decodes(entries: list[Entry]) -> None:
+    clips = _clips(entries, cache_gib=1.0)
+    assert isinstance(clips.read_encoded(lambda video: None, 0), EncodedSample)
+    assert isinstance(clips.read_encoded(lambda video: "this one not", 1), ClipSample)
+    assert not dataset_module.decoded_videos("auto", 2**30).videos
 
 
 def test_folders_of_images(tmp_path: Path, write_images: Callable[..., Path]) -> None:

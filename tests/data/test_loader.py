@@ -27,7 +27,7 @@ from torch.utils.data import dataloader
 from adamae_fast.config import DataConfig, DecoderName, ModelConfig, PretrainConfig, TrainConfig
 from adamae_fast.data import dataset as dataset_module
 from adamae_fast.data import watchdog as watchdog_module
-from adamae_fast.data.dataset import NoReadableVideoError, PretrainClips
+from adamae_fast.data.dataset import NoReadableVideoError, PretrainClips, decoded_videos
 from adamae_fast.data.decode import VideoError, VideoFile, decord_is_installed, open_entry
 from adamae_fast.data.loader import CRASH_SIGNALS, Batch, clip_batches
 from adamae_fast.data.manifest import Entry
@@ -77,6 +77,20 @@ def _config(batch_size: int = 4, num_workers: int = 0, repeat: int = 2, **data: 
         train=TrainConfig(batch_size=batch_size),
         seed=5,
     )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_cache_in_each_process_changes_no_clip(entries: list[Entry], num_workers: int) -> None:
+    """Over three epochs and more."""
+    num_batches = 2 * len(entries)
+    expected = [batch.video for batch in clip_batches(_config(), entries, 0, num_batches)]
+    decoded_videos.cache_clear()
+    found = [
+        batch.video for batch in clip_batches(_config(num_workers=num_workers, cache_gib=0.5), entries, 0, num_batches)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(decoded_videos("auto", 2**29).videos) == (0 if num_workers else len(entries) - 1)  # one is no video
+    decoded_videos.cache_clear()
 
 
 @contextmanager

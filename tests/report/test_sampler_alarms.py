@@ -100,7 +100,7 @@ def test_messages_name_figure_value_and_knob():
     collapsed = messages(COLLAPSED)
     assert "exp(probability_entropy)=5.99" in collapsed
     assert "is below 6 (the visible tokens of a clip, or a quarter of all)" in collapsed
-    assert "lower optim.base_lr=0.00015 or raise model.sampler.dropout=0.1" in collapsed
+    assert "lower optim.sampler_lr_scale=1 or raise model.sampler.dropout=0.1" in collapsed
     assert "clamped_share=0.51 of the masked tokens" in messages(CLAMPED)
     assert "dropout" not in messages(CLAMPED, kind="mlp")
     assert messages({"sampler_grad_norm": 0.0}).endswith("more than tenfold; raise loss.sampling_weight=0.0001")

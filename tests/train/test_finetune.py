@@ -230,6 +230,7 @@ def test_what_a_changed_key_means():
     assert KEYS.kind_of("classifier.num_classes") is KEYS.other_model
     assert KEYS.kind_of("classifier.drop_path") is KEYS.other_experiment
     assert KEYS.kind_of("views.temporal") is KEYS.harmless
+    assert KEYS.kind_of("optim.sampler_lr_scale") is KEYS.kind_of("data.cache_gib") is KEYS.harmless
     assert KEYS.kind_of("train.epochs") is KEYS.worth_a_warning
 
 

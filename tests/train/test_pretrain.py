@@ -321,9 +321,12 @@ def test_another_experiment_in_the_folder_of_a_run_is_refused(recipe, uninterrup
     ("kind", "keys"),
     [
         (KEYS.other_model, ["model.size", "model.decoder.depth", "model.sampler.width", "mask.strategy"]),
-        (KEYS.other_experiment, ["mask.ratio", "optim.base_lr", "train.precision", "model.decoder.keep_ratio"]),
+        (
+            KEYS.other_experiment,
+            ["mask.ratio", "optim.base_lr", "optim.sampler_lr_scale", "model.decoder.keep_ratio"],
+        ),
         (KEYS.worth_a_warning, ["train.compile", "optim.implementation", "model.layer_norm", "train.epochs"]),
-        (KEYS.harmless, ["train.cuda_graph", "data.num_workers", "log.every"]),
+        (KEYS.harmless, ["train.cuda_graph", "data.num_workers", "data.cache_gib", "log.every"]),
     ],
     ids=["model", "experiment", "warning", "harmless"],
 )
@@ -404,3 +407,19 @@ def test_options_without_effect_are_named(recipe, tmp_path, caplog):
     pretrain(load_config(recipe, {"output_dir": str(tmp_path), **overrides}), Console(quiet=True))
     for key in unused:
         assert f"{key} has no effect: mask.strategy=tube has no sampler" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"loss.sampling_weight": 0, "loss.sampling_baseline": 0.5},
+            "loss.sampling_baseline has no effect: loss",
+        ),
+        ({"loss.sampling_weight": 0, "optim.sampler_lr_scale": 2}, "optim.sampler_lr_scale has no effect: loss"),
+        ({"data.decoder": "dali", "data.cache_gib": 1}, "data.cache_gib has no effect: data.decoder=dali decodes"),
+    ],
+)
+def test_options_that_others_make_useless(recipe, overrides, message):
+    (found,) = load_config(recipe, overrides).without_effect()
+    assert found.startswith(message)
