@@ -148,7 +148,7 @@ class Preset:
 PRESETS = {
     "cpu": Preset(
         device="cpu", size="pico", attention="reference", classes=DIRECTIONS, base_lr=2.4e-2, detail=0.0,
-        num_videos=1720, num_val=320, pretrain_steps=780, finetune_steps=200, probe_videos=600, passes=20,
+        num_videos=1720, num_val=320, pretrain_steps=780, finetune_steps=340, probe_videos=600, passes=20,
         frame_size=32, batch_size=32, cache_gib=1.0,
     ),
     "gpu": Preset(
@@ -200,7 +200,8 @@ class Job:
         overrides: dict[str, object] = {
             "model.size": preset.size,
             "model.frame_size": preset.frame_size,
-            **{f"model.attention.{part}": preset.attention for part in ("encoder", "sampler", "decoder")},
+            "model.attention.encoder": preset.attention,
+            "model.attention.decoder": preset.attention,
             "model.decoder.depth": case.model.decoder.depth or DEPTH,
             **{f"model.sampler.{key}": value for key, value in asdict(sampler).items()},
             **{f"mask.{key}": value for key, value in asdict(case.mask).items()},
@@ -213,6 +214,8 @@ class Job:
             "log.every": 40,
             "train.steps": max(1, round(case.share * preset.pretrain_steps)),
         }
+        if case.mask.strategy == "adaptive" and sampler.kind == "attention":
+            overrides["model.attention.sampler"] = preset.attention
         if case is NO_PRETRAINING:  # a step that changes nothing leaves a checkpoint of the first weights to probe
             overrides |= {"optim.base_lr": 1e-12, "optim.min_lr": 0.0, "train.steps": 1}
         return overrides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -55,7 +56,7 @@ def action_videos(
     ``options``: classes and detail of :func:`~adamae_fast.data.synthetic.synthesize`.
     """
     num_frames = recipe.model.num_frames * recipe.data.stride
-    what = "".join(f"-{key}{len(value) if key == 'classes' else value}" for key, value in sorted(options.items()))
+    what = f"-{hashlib.sha256(json.dumps(options).encode()).hexdigest()[:8]}" if options else ""
     folder = work / f"videos-{num_videos}-of-{num_frames}-frames-seed{seed}-val{val_share:g}{what}"
     if not folder.exists():
         synthesize(

@@ -1,7 +1,7 @@
 """Does pre-training help? Fine-tuning from it against training from scratch: ``python -m bench.transfer``.
 
 The action set (``adamae_fast/data/actions.py``) has fourteen classes of motion that no single frame tells; the videos
-for validation share no look with those for training. Four of them, :data:`CLASSES`, are to be told apart: all fourteen
+for validation share no look with those for training. Four of them, directions of motion, are to be told apart: all fourteen
 are too much for so small a model in so few steps (bench/LOG.md). Arms, which differ in the encoder's first weights
 alone:
 
@@ -44,7 +44,6 @@ from bench import command, conditions
 from bench.trainings import DIRECTIONS, action_videos, is_done, seconds_of, train_once
 
 ARMS = ("scratch", "pretrained", "demo")
-CLASSES = DIRECTIONS
 SEEDS = (0, 1, 2)
 RATES = (8e-3, 1.6e-2)
 """Peak learning rates for 256 clips that are tried for each arm: 1e-3 and 2e-3 at 32 clips a step."""
@@ -114,11 +113,11 @@ class Study:
         return {"rate": rate, "seed": seed, "top1": last["top1"], "top5": last["top5"], "seconds": seconds}
 
     def list_classes(self, videos: Path, part: str, passes: int = 1) -> Path:
-        """A list of those videos of a part that show :data:`CLASSES`, their places there being the labels.
+        """A list of those videos of a part of the four directions, their places there being the labels.
 
         With several ``passes``, it has each video as many times: a run validates after each pass through its list.
         """
-        wanted = {str(ACTIONS.index(name)): label for label, name in enumerate(CLASSES)}
+        wanted = {str(ACTIONS.index(name)): label for label, name in enumerate(DIRECTIONS)}
         lines = (line.split() for line in (videos / f"{part}.txt").read_text().splitlines())
         path = self.work / f"{videos.name}-{part}.txt"
         path.write_text("".join(f"{video} {wanted[label]}\n" for video, label in lines if label in wanted) * passes)
@@ -181,8 +180,8 @@ def measure(study: Study) -> dict[str, Any]:
         "rows": rows,
         "grid": grid,
         "seeds": seeds,
-        "classes": CLASSES,
-        "chance": 1 / len(CLASSES),
+        "classes": DIRECTIONS,
+        "chance": 1 / len(DIRECTIONS),
         "videos": {**counts, "tuning": len(study.list_classes(tuning, "val").read_text().splitlines())},
         "steps": study.steps,
         "batch": recipe.train.batch_size,
