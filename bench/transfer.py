@@ -1,9 +1,9 @@
 """Does pre-training help? Fine-tuning from it against training from scratch: ``python -m bench.transfer``.
 
 The action set (``adamae_fast/data/actions.py``) has fourteen classes of motion that no single frame tells; the videos
-for validation share no look with those for training. Four of them, directions of motion, are to be told apart: all fourteen
-are too much for so small a model in so few steps (bench/LOG.md). Arms, which differ in the encoder's first weights
-alone:
+for validation share no look with those for training. Four of them, directions of motion, are to be told apart: all
+fourteen are too much for so small a model in so few steps (bench/LOG.md). Arms, which differ in the encoder's first
+weights alone:
 
 * **scratch**: random weights;
 * **demo**: the weights that ``make demo`` leaves (``--pretrained``, 300 steps on 48 other rendered videos, larger);
