@@ -190,6 +190,11 @@ class Job:
         name = "scratch" if self.case is NO_PRETRAINING else f"{self.case.mask.strategy}-{self.case.mask.ratio:g}"
         return self.work / settings_of(self.preset) / f"{name}-{digest}" / f"seed{self.seed}"
 
+    @property
+    def row(self) -> Path:
+        """Its figures, once it is done."""
+        return self.folder / "row.json"
+
     def overrides(self) -> dict[str, object]:
         """What its pre-training has in place of the recipe's keys."""
         preset, case = self.preset, self.case
@@ -230,9 +235,8 @@ def settings_of(preset: Preset) -> str:
 
 def run(job: Job) -> dict[str, Any]:
     """Pre-train, fine-tune, probe, measure: what is not done yet."""
-    path = job.folder / "row.json"
-    if path.is_file():
-        return dict(json.loads(path.read_text()))
+    if job.row.is_file():
+        return dict(json.loads(job.row.read_text()))
     torch.set_num_threads(1 if job.preset.device == "cpu" else os.cpu_count() or 1)
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / "log.txt").open("a") as log:
@@ -249,7 +253,7 @@ def run(job: Job) -> dict[str, Any]:
     tuned = read_json_lines(RunFolder(job.folder / "finetune").metrics)
     row["curves"]["finetune_loss"] = [[line["step"], round(line["loss"], 5)] for line in tuned]
     row |= {"seconds": parts, "steps": RunFolder(pretrained).list_checkpoints()[-1].name}
-    path.write_text(json.dumps(row))
+    job.row.write_text(json.dumps(row))
     return row
 
 
@@ -408,9 +412,17 @@ def cases_of(options: argparse.Namespace) -> list[table1.Case]:
 
 
 def carry_out(jobs: Sequence[Job], processes: int, budget: float | None) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Yield jobs with what :func:`run` found, as they end. After ``budget`` seconds, no other one is begun."""
+    """Yield jobs with what :func:`run` found, those done before first, the others as they end.
+
+    After ``budget`` seconds, no other one is begun.
+    """
     end = time.monotonic() + (math.inf if budget is None else budget)
-    waiting = list({job.folder: job for job in jobs}.values())
+    waiting = []
+    for job in {job.folder: job for job in jobs}.values():
+        if job.row.is_file():
+            yield job, run(job)
+        else:
+            waiting.append(job)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         running: dict[Future[dict[str, Any]], Job] = {}

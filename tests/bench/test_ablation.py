@@ -14,6 +14,7 @@ from adamae_fast.run_folder import RunFolder
 from bench import ablation, ablation_page, table1
 from bench.ablation import COLUMNS, PRESETS, ROWS, SEEDS, SMALL_DATA, Job
 from bench.ablation_page import Spread, Study
+from bench.report import RESULTS
 
 QUICK = PRESETS["quick"]
 
@@ -105,6 +106,13 @@ def test_what_is_done_is_not_done_again(done: tuple[Path, Path], monkeypatch: py
     frame = job(case("(a)", "frame 87.5 %"), work=work)
     monkeypatch.setattr(ablation, "pretrain_once", None)
     assert ablation.run(frame) == json.loads((frame.folder / "row.json").read_text())
+
+
+def test_without_time_left_what_is_done_is_collected(done: tuple[Path, Path], tmp_path: Path) -> None:
+    work, out = done
+    arguments = ["--quick", "--seeds", "0", "1", "--work", str(work), "--out", str(tmp_path), "--processes", "1"]
+    assert ablation.main([*arguments, "--only", "frame 87.5 %", "tube 90 %", "--budget", "0"]) == 1
+    assert read_rows(tmp_path) == read_rows(out)
 
 
 def test_rows_of_other_settings_are_dropped(tmp_path: Path) -> None:
@@ -205,6 +213,13 @@ def test_page_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for number, figure in enumerate((ablation_page.picture(study), ablation_page.curves(study))):
         figure.savefig(tmp_path / f"{number}.png")
         assert (tmp_path / f"{number}.png").stat().st_size > 1000
+
+
+def test_the_committed_page_is_that_of_the_committed_figures() -> None:
+    """And they are those of the preset as it is."""
+    study = Study.read(sorted(RESULTS.glob("ablation_*.csv"))[0])
+    assert ablation_page.PAGE.read_text() == ablation_page.page(study)
+    assert {row["settings"] for row in study.rows} == {ablation.settings_of(PRESETS["cpu"])}
 
 
 def test_spread() -> None:
