@@ -184,10 +184,15 @@ class Job:
     """What :func:`prepare` made."""
 
     @property
+    def is_scratch(self) -> bool:
+        """Whether there is no pre-training; told by name, since a job that went to another process has a copy."""
+        return self.case.part == NO_PRETRAINING.part
+
+    @property
     def folder(self) -> Path:
         """Of its trainings. Rows that are the same configuration share it."""
         digest = hashlib.sha256(json.dumps(self.overrides(), sort_keys=True).encode()).hexdigest()[:8]
-        name = "scratch" if self.case is NO_PRETRAINING else f"{self.case.mask.strategy}-{self.case.mask.ratio:g}"
+        name = "scratch" if self.is_scratch else f"{self.case.mask.strategy}-{self.case.mask.ratio:g}"
         return self.work / settings_of(self.preset) / f"{name}-{digest}" / f"seed{self.seed}"
 
     @property
@@ -221,7 +226,7 @@ class Job:
         }
         if case.mask.strategy == "adaptive" and sampler.kind == "attention":
             overrides["model.attention.sampler"] = preset.attention
-        if case is NO_PRETRAINING:  # a step that changes nothing leaves a checkpoint of the first weights to probe
+        if self.is_scratch:  # a step that changes nothing leaves a checkpoint of the first weights to probe
             overrides |= {"optim.base_lr": 1e-12, "optim.min_lr": 0.0, "train.steps": 1}
         return overrides
 
@@ -294,7 +299,7 @@ def finetune_once(job: Job, pretrained: Path, console: Console) -> None:
         "checkpoint.every": 10**9,
         "log.tensorboard": False,
     }
-    if job.case is not NO_PRETRAINING:
+    if not job.is_scratch:
         overrides["init"] = pretrained
     train_once(folder, lambda: finetune(load_run_config(FINETUNING, FinetuneConfig, overrides), console))
 

@@ -56,7 +56,8 @@ class Spread:
 
     def shown(self, scale: float = 1.0, digits: int = 1) -> str:
         """In a table."""
-        return f"{self.mean * scale:.{digits}f} ± {self.std * scale:.{digits}f}"
+        spread = f"± {self.std * scale:.{digits}f}" if self.count > 1 else "(one seed)"
+        return f"{self.mean * scale:.{digits}f} {spread}"
 
 
 @dataclass(frozen=True)

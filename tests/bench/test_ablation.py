@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,13 @@ def test_a_row_is_what_the_paper_says(part: str, name: str, expected: dict[str, 
     overrides = job(case(part, name)).overrides()
     assert expected.items() <= overrides.items()
     load_config(ablation.PRETRAINING, overrides)
+
+
+def test_a_job_is_the_same_in_another_process() -> None:
+    for each in (job(x) for x in ROWS):
+        copy = pickle.loads(pickle.dumps(each))
+        assert (copy.folder, copy.overrides(), copy.is_scratch) == (each.folder, each.overrides(), each.is_scratch)
+    assert [x.name for x in ROWS if job(x).is_scratch] == ["scratch"]
 
 
 def test_shares_of_the_length() -> None:
@@ -224,4 +232,4 @@ def test_the_committed_page_is_that_of_the_committed_figures() -> None:
 
 def test_spread() -> None:
     assert Spread.of([1.0, 2.0, 4.0]).std == pytest.approx(math.sqrt(7 / 3))
-    assert Spread.of([0.5]).shown(100) == "50.0 ± 0.0"
+    assert Spread.of([0.5]).shown(100) == "50.0 (one seed)"
