@@ -202,4 +202,6 @@ def _own_device(name: str, key: str) -> torch.device:
 
 
 def _is_loss_of_contact(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    """gloo raises plain RuntimeErrors: most name its source file, the one for a pair that timed out before does not."""
+    words = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in words.lower() or "caused pair closure" in words

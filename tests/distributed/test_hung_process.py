@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from adamae_fast.distributed.world import _is_loss_of_contact
 from adamae_fast.run_folder import RunFolder
 from tests.distributed import torchrun as tr
 from tests.distributed.processes import environment_of, free_port
@@ -76,4 +77,17 @@ def test_the_other_one_ends_and_says_what_it_waited_for(tmp_path, tiny_videos, m
         told = log.read_text().splitlines()[-1]
         assert f"rank {rank}: another process of this run has ended, or could not be reached for 5 s" in told
         assert "(distributed.timeout)" in told
-        assert "imed out" in told or rank == 1  # the second one finds that the first one has left
+        # In gloo's words; the second one finds that the first one has left.
+        assert "imed out" in told or "Application timeout" in told or rank == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "is_one"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:21", True),
+        ("Application timeout caused pair closure", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_what_gloo_says_of_a_lost_process(words, is_one):
+    assert _is_loss_of_contact(RuntimeError(words)) == is_one
