@@ -41,7 +41,6 @@ from rich.console import Console
 
 from adamae_fast.config import (
     LossConfig,
-    MaskConfig,
     ModelConfig,
     PretrainConfig,
     SamplerConfig,
@@ -90,12 +89,9 @@ SMALL_DATA = (
     _small_data("normalised jointly", loss=LossConfig(target="mae_st")),
     _small_data("baseline 0.9", loss=LossConfig(sampling_baseline=0.9)),
     _small_data("baseline 0.9, rate × 3", loss=LossConfig(sampling_baseline=0.9), sampler_lr_scale=3.0),
-    _small_data(
-        "baseline 0.9, rate × 3, mask 85 %",
-        loss=LossConfig(sampling_baseline=0.9),
-        mask=MaskConfig(ratio=0.85),
-        sampler_lr_scale=3.0,
-    ),
+    _small_data("baseline 0.9, rate × 10", loss=LossConfig(sampling_baseline=0.9), sampler_lr_scale=10.0),
+    _small_data("baseline 0.98, rate × 3", loss=LossConfig(sampling_baseline=0.98), sampler_lr_scale=3.0),
+    _small_data("baseline 0.98, rate × 10", loss=LossConfig(sampling_baseline=0.98), sampler_lr_scale=10.0),
 )
 """What might make the sampler learn faster or look harder: not in the paper."""
 

@@ -98,6 +98,8 @@ class Study:
             "output_dir": folder,
             "data.manifest": self.list_classes(train, "train", PASSES),
             "data.root": train,
+            "data.num_workers": 0,
+            "data.cache_gib": 1.0,
             "val.manifest": self.list_classes(val, "val"),
             "val.root": val,
             "optim.base_lr": rate,
@@ -234,7 +236,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pretrain-steps", type=int, help="of the arm pretrained")
     options = parser.parse_args(arguments)
     defaults = {"work": Path("runs/transfer-quick"), "steps": 2, "pretrain_steps": 2} if options.quick else {
-        "work": Path("runs/transfer"), "steps": 240, "pretrain_steps": 1200
+        "work": Path("runs/transfer"), "steps": 400, "pretrain_steps": 1200
     }  # fmt: skip
     for key, value in defaults.items():
         if getattr(options, key) is None:
