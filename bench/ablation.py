@@ -10,6 +10,8 @@ Figures of a run, all of the validation videos, whose looks no training video ha
 * **fine-tuned**: top-1 after the last step, on the centre clip of each video;
 * **probe**: top-1 of a linear head on frozen, pooled features, the best of its learning rates;
 * **adaptivity**: how much more often visible tokens lie on what moves than tokens do (``report/adaptivity.py``);
+* **adaptivity of the error**: how much more of the masked tokens' error lies on what moves than of these tokens do,
+  which is what p would have at rest, proportional to the error (paper, Eq. 5);
 * **entropy** of the sampler's p over ln N: 1 is uniform.
 
 Runs share the cores of a CPU, one thread each, so that their figures do not depend on how many run at once: the same
@@ -20,22 +22,26 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
@@ -57,7 +63,7 @@ from adamae_fast.features.probe import probe
 from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.model.sizes import SIZES
 from adamae_fast.plan import work
-from adamae_fast.report.adaptivity import adaptivity_figure, box_coverage, sampler_logits
+from adamae_fast.report.adaptivity import box_coverage, drawn_figure, sampler_logits
 from adamae_fast.report.pictures import Panel, draw_strip, strip_columns
 from adamae_fast.report.visualize import picture_clip, read_center_clip
 from adamae_fast.run_folder import RunFolder, read_json_lines
@@ -65,7 +71,7 @@ from adamae_fast.train.finetune import finetune
 from adamae_fast.train.pretrain import pretrain
 from bench import command, conditions, table1
 from bench.results import Row
-from bench.trainings import DIRECTIONS, action_videos, seconds_of, train_once
+from bench.trainings import DIRECTIONS, action_videos, digest_of, seconds_of, train_once
 
 PRETRAINING = conditions.ROOT / "configs" / "actions.yaml"
 FINETUNING = conditions.ROOT / "configs" / "finetune_actions.yaml"
@@ -88,18 +94,21 @@ SMALL_DATA = (
     _small_data("no dropout", model=ModelConfig(sampler=SamplerConfig(dropout=0.0))),
     _small_data("normalised jointly", loss=LossConfig(target="mae_st")),
     _small_data("baseline 0.9", loss=LossConfig(sampling_baseline=0.9)),
-    _small_data("baseline 0.9, rate × 3", loss=LossConfig(sampling_baseline=0.9), sampler_lr_scale=3.0),
-    _small_data("baseline 0.9, rate × 10", loss=LossConfig(sampling_baseline=0.9), sampler_lr_scale=10.0),
     _small_data("baseline 0.98, rate × 3", loss=LossConfig(sampling_baseline=0.98), sampler_lr_scale=3.0),
-    _small_data("baseline 0.98, rate × 10", loss=LossConfig(sampling_baseline=0.98), sampler_lr_scale=10.0),
+    _small_data(
+        "baseline 0.98, rate × 3, 2 × 384",
+        model=ModelConfig(sampler=SamplerConfig(width=384, depth=2)),
+        loss=LossConfig(sampling_baseline=0.98),
+        sampler_lr_scale=3.0,
+    ),
 )
 """What might make the sampler learn faster or look harder: not in the paper."""
 
 ROWS = (*table1.CASES, NO_PRETRAINING, *SMALL_DATA)
 
 COLUMNS = (
-    "part", "case", "seed", "visible", "tokens", "top1", "probe", "adaptivity", "untrained", "entropy", "clamped",
-    "error", "kept_bytes", "kept_bytes_vitb", "settings",
+    "part", "case", "seed", "visible", "tokens", "top1", "probe", "adaptivity", "untrained", "error_adaptivity",
+    "entropy", "clamped", "error", "kept_bytes", "kept_bytes_vitb", "settings",
 )  # fmt: skip
 """Of the CSV: what the seed decides, and nothing that a clock does."""
 
@@ -125,6 +134,8 @@ class Preset:
     """Of the action set; no part of a run sees videos of others."""
     base_lr: float
     """Of pre-training, for 256 clips."""
+    finetune_lr: float
+    """Of fine-tuning, for 256 clips."""
     detail: float
     """Of the scenes."""
     num_videos: int
@@ -143,18 +154,18 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        device="cpu", size="pico", attention="reference", classes=DIRECTIONS, base_lr=2.4e-2, detail=0.0,
-        num_videos=1720, num_val=320, pretrain_steps=780, finetune_steps=340, probe_videos=600, passes=20,
+        device="cpu", size="pico", attention="reference", classes=DIRECTIONS, base_lr=2.4e-2, finetune_lr=1.6e-2,
+        detail=0.0, num_videos=1720, num_val=320, pretrain_steps=780, finetune_steps=340, probe_videos=600, passes=20,
         frame_size=32, batch_size=32, cache_gib=1.0,
     ),
     "gpu": Preset(
-        device="cuda", size="nano", attention="auto", classes=ACTIONS, base_lr=1.2e-2, detail=1.0,
+        device="cuda", size="nano", attention="auto", classes=ACTIONS, base_lr=6e-3, finetune_lr=4e-3, detail=1.0,
         num_videos=14000, num_val=1400, pretrain_steps=1500, finetune_steps=800, probe_videos=7000, passes=20,
         frame_size=64, batch_size=128, cache_gib=8.0,
     ),
     "quick": Preset(
-        device="cpu", size="pico", attention="reference", classes=ACTIONS, base_lr=2.4e-2, detail=0.0,
-        num_videos=28, num_val=14, pretrain_steps=2, finetune_steps=2, probe_videos=14, passes=1,
+        device="cpu", size="pico", attention="reference", classes=ACTIONS, base_lr=2.4e-2, finetune_lr=1.6e-2,
+        detail=0.0, num_videos=28, num_val=14, pretrain_steps=2, finetune_steps=2, probe_videos=14, passes=1,
         frame_size=32, batch_size=4, cache_gib=0.1,
     ),
 }  # fmt: skip
@@ -166,6 +177,12 @@ been run yet. quick is for tests: its figures mean nothing."""
 def pretraining_recipe() -> PretrainConfig:
     """What the rows change."""
     return load_config(PRETRAINING)
+
+
+@cache
+def finetuning_recipe() -> FinetuneConfig:
+    """What the preset changes."""
+    return load_run_config(FINETUNING, FinetuneConfig)
 
 
 @dataclass(frozen=True)
@@ -184,12 +201,19 @@ class Job:
         """Whether there is no pre-training; told by name, since a job that went to another process has a copy."""
         return self.case.part == NO_PRETRAINING.part
 
+    @cached_property
+    def settings(self) -> str:
+        """Everything but the seed that decides its figures, in eight letters."""
+        recipes = [asdict(pretraining_recipe()), asdict(finetuning_recipe()), asdict(ProbeConfig())]
+        return digest_of(
+            [asdict(self.preset), recipes, self.overrides(), self.finetune_overrides(), NUM_BOXED, REPEATS]
+        )
+
     @property
     def folder(self) -> Path:
         """Of its trainings. Rows that are the same configuration share it."""
-        digest = hashlib.sha256(json.dumps(self.overrides(), sort_keys=True).encode()).hexdigest()[:8]
         name = "scratch" if self.is_scratch else f"{self.case.mask.strategy}-{self.case.mask.ratio:g}"
-        return self.work / settings_of(self.preset) / f"{name}-{digest}" / f"seed{self.seed}"
+        return self.work / f"{name}-{self.settings}" / f"seed{self.seed}"
 
     @property
     def row(self) -> Path:
@@ -226,19 +250,25 @@ class Job:
             overrides |= {"optim.base_lr": 1e-12, "optim.min_lr": 0.0, "train.steps": 1}
         return overrides
 
-
-@cache
-def settings_of(preset: Preset) -> str:
-    """Everything but row and seed that decides a figure, in eight letters."""
-    recipes = [path.read_text() for path in (PRETRAINING, FINETUNING)]
-    return hashlib.sha256(json.dumps([asdict(preset), *recipes]).encode()).hexdigest()[:8]
+    def finetune_overrides(self) -> dict[str, object]:
+        """What its fine-tuning has in place of the recipe's keys."""
+        return {
+            "model.size": self.preset.size,
+            "model.frame_size": self.preset.frame_size,
+            "model.attention.encoder": self.preset.attention,
+            "data.cache_gib": self.preset.cache_gib,
+            **CROP,
+            "optim.base_lr": self.preset.finetune_lr,
+            "train.batch_size": self.preset.batch_size,
+            "train.steps": self.preset.finetune_steps,
+        }
 
 
 def run(job: Job) -> dict[str, Any]:
     """Pre-train, fine-tune, probe, measure: what is not done yet."""
     if job.row.is_file():
         return dict(json.loads(job.row.read_text()))
-    torch.set_num_threads(1 if job.preset.device == "cpu" else os.cpu_count() or 1)
+    torch.set_num_threads(1)
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / "log.txt").open("a") as log:
         console = Console(file=log, width=120)
@@ -253,8 +283,10 @@ def run(job: Job) -> dict[str, Any]:
     }
     tuned = read_json_lines(RunFolder(job.folder / "finetune").metrics)
     row["curves"]["finetune_loss"] = [[line["step"], round(line["loss"], 5)] for line in tuned]
-    row |= {"seconds": parts, "steps": RunFolder(pretrained).list_checkpoints()[-1].name}
-    job.row.write_text(json.dumps(row))
+    row |= {"seconds": parts, "commit": conditions.version()["commit"]}
+    unfinished = job.row.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(row))
+    unfinished.replace(job.row)
     return row
 
 
@@ -277,20 +309,14 @@ def pretrain_once(job: Job, console: Console) -> Path:
 
 def finetune_once(job: Job, pretrained: Path, console: Console) -> None:
     """From the encoder of ``pretrained``."""
-    folder, preset = job.folder / "finetune", job.preset
+    folder = job.folder / "finetune"
     overrides: dict[str, object] = {
+        **job.finetune_overrides(),
         "output_dir": folder,
-        "model.size": preset.size,
-        "model.frame_size": preset.frame_size,
-        "model.attention.encoder": preset.attention,
         "data.manifest": job.videos / "train-passes.txt",
         "val.manifest": job.videos / "val.txt",
         "data.num_workers": 0,
-        "data.cache_gib": preset.cache_gib,
-        **CROP,
-        "train.batch_size": preset.batch_size,
-        "train.steps": preset.finetune_steps,
-        "train.device": preset.device,
+        "train.device": job.preset.device,
         "seed": job.seed,
         "checkpoint.every": 10**9,
         "log.tensorboard": False,
@@ -328,20 +354,21 @@ def probe_once(job: Job, pretrained: Path, console: Console) -> float:
 def figures_of(job: Job, pretrained: Path) -> dict[str, Any]:
     """What is measured on the pre-trained model itself, and what follows from its configuration."""
     config = load_config(RunFolder(pretrained).config)
-    model = AdaMAE.from_pretrained(pretrained).to(job.preset.device)
+    model = AdaMAE.from_pretrained(pretrained).to(job.preset.device).eval()
     lines = read_json_lines(RunFolder(pretrained).metrics)[-3:]
-    videos = job.videos / "val.txt"
-    adaptivity, entropy = adaptivity_of(model, config, videos)
+    boxed = read_boxed(job.videos / "val.txt", config, model)
+    adaptivity, entropy = adaptivity_of(model, config, boxed)
     untrained = None
     if model.sampler is not None:
         torch.manual_seed(config.seed)
         fresh = AdaMAE(config.model, config.mask, config.loss).to(job.preset.device)
-        untrained = adaptivity_of(fresh, config, videos)[0]
+        untrained = adaptivity_of(fresh, config, boxed)[0]
     return {
         "visible": model.num_visible,
         "tokens": model.grid.num_tokens,
         "adaptivity": adaptivity,
         "untrained": untrained,
+        "error_adaptivity": error_adaptivity(model, config, boxed),
         "entropy": entropy,
         "clamped": None if model.sampler is None else statistics.fmean(line["clamped_share"] for line in lines),
         "error": statistics.fmean(line["loss_reconstruction"] for line in lines),
@@ -350,8 +377,17 @@ def figures_of(job: Job, pretrained: Path) -> dict[str, Any]:
     }
 
 
-def adaptivity_of(model: AdaMAE, config: PretrainConfig, manifest: Path) -> tuple[float, float | None]:
-    """Of masks as they are drawn for the first videos of ``manifest``; and the mean entropy of p over ln N."""
+@dataclass(frozen=True)
+class Boxed:
+    """Centre clips of videos whose moving things are known."""
+
+    videos_BCTHW: torch.Tensor
+    coverage_BN: NDArray[np.float64]
+    """Share of each token that they cover."""
+
+
+def read_boxed(manifest: Path, config: PretrainConfig, model: AdaMAE) -> Boxed:
+    """The first :data:`NUM_BOXED` of ``manifest``."""
     clips, coverages = [], []
     for entry in read_manifest(str(manifest))[:NUM_BOXED]:
         boxes_TO4 = read_boxes(entry.path)
@@ -359,22 +395,49 @@ def adaptivity_of(model: AdaMAE, config: PretrainConfig, manifest: Path) -> tupl
         clip = read_center_clip(entry, config)
         clips.append(clip.video_CTHW)
         coverages.append(box_coverage(boxes_TO4, clip.frame_ids, clip.crop, model.grid))
+    return Boxed(torch.stack(clips), np.stack(coverages))
+
+
+def draw_seeds(count: int, config: PretrainConfig) -> torch.Tensor:
+    """Of :data:`REPEATS` masks for each clip, others with another seed of the run; on the CPU, so on every device."""
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.randint(2**63 - 1, (REPEATS, count), generator=generator)
+
+
+def adaptivity_of(model: AdaMAE, config: PretrainConfig, boxed: Boxed) -> tuple[float, float | None]:
+    """Of masks as they are drawn; and the mean entropy of p over ln N."""
     logits_BN, entropy = None, None
     if model.sampler is not None:
-        logits_BN = sampler_logits(model, torch.stack(clips), 64).cpu()
+        logits_BN = sampler_logits(model, boxed.videos_BCTHW, 64).cpu()
         log_p_BN = logits_BN.double().log_softmax(1)
         entropy = float(-(log_p_BN.exp() * log_p_BN).sum(1).mean() / math.log(model.grid.num_tokens))
-    seeds_RB = torch.randint(2**63 - 1, (REPEATS, len(clips)), generator=torch.Generator().manual_seed(0))
-    drawn = [model.strategy(model.grid, model.mask_config.ratio, seeds_B, logits_BN) for seeds_B in seeds_RB]
-    ids_RBK = torch.stack([split.visible_ids_BK for split in drawn]).numpy()
-    return float(adaptivity_figure(np.stack(coverages), ids_RBK)["value"]), entropy
+    seeds_RB = draw_seeds(len(boxed.coverage_BN), config)
+    ratio = model.mask_config.ratio
+    return drawn_figure(model.strategy, model.grid, ratio, boxed.coverage_BN, seeds_RB, logits_BN)["value"], entropy
 
 
-def prepare(preset: Preset, work: Path) -> Path:
-    """Render the videos, and list those that each part reads; return their folder."""
+@torch.no_grad()
+def error_adaptivity(model: AdaMAE, config: PretrainConfig, boxed: Boxed) -> float:
+    """(share of the masked tokens' error that lies on moving boxes) / (share of these tokens that does)."""
+    device = next(model.parameters()).device
+    error_on_boxes = error = on_boxes = count = 0.0
+    seeds_B, coverage_BN = draw_seeds(len(boxed.coverage_BN), config)[0], torch.from_numpy(boxed.coverage_BN)
+    for start in range(0, len(seeds_B), 64):
+        batch = slice(start, start + 64)
+        output = model(boxed.videos_BCTHW[batch].to(device), seeds=seeds_B[batch].to(device))
+        error_BM, coverage_BM = output.error.double().cpu(), coverage_BN[batch].gather(1, output.decoded_ids.cpu())
+        error_on_boxes += float((error_BM * coverage_BM).sum())
+        error += float(error_BM.sum())
+        on_boxes += float(coverage_BM.sum())
+        count += coverage_BM.numel()
+    return (error_on_boxes / error) / (on_boxes / count)
+
+
+def prepare(preset: Preset, folder: Path) -> Path:
+    """Render the videos, and list those that each part reads; return where they are in ``folder``."""
     share = preset.num_val / preset.num_videos
     videos = action_videos(
-        work, preset.num_videos, pretraining_recipe(), 0, share, classes=list(preset.classes), detail=preset.detail
+        folder, preset.num_videos, pretraining_recipe(), 0, share, classes=list(preset.classes), detail=preset.detail
     )
     lines = (videos / "train.txt").read_text().splitlines(keepends=True)
     (videos / "train-passes.txt").write_text("".join(lines) * preset.passes)
@@ -412,10 +475,15 @@ def cases_of(options: argparse.Namespace) -> list[table1.Case]:
     return cases
 
 
-def carry_out(jobs: Sequence[Job], processes: int, budget: float | None) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Yield jobs with what :func:`run` found, those done before first, the others as they end.
+Outcome = dict[str, Any] | Exception
+"""What :func:`run` found, or why it could not."""
 
-    After ``budget`` seconds, no other one is begun.
+
+def carry_out(jobs: Sequence[Job], processes: int, budget: float | None) -> Iterator[tuple[Job, Outcome]]:
+    """Yield each job with its outcome, those done before first, the others as they end.
+
+    After ``budget`` seconds, no other one is begun. What ends one job with an error, such as a loss that is no
+    number any more, keeps none of the others from being carried out. Raises RunStoppedError where a process was killed.
     """
     end = time.monotonic() + (math.inf if budget is None else budget)
     waiting = []
@@ -425,28 +493,48 @@ def carry_out(jobs: Sequence[Job], processes: int, budget: float | None) -> Iter
         else:
             waiting.append(job)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent) as pool:
         running: dict[Future[dict[str, Any]], Job] = {}
-        try:
-            while running or (waiting and time.monotonic() < end):
-                while waiting and len(running) < processes and time.monotonic() < end:
-                    job = waiting.pop(0)
-                    running[pool.submit(run, job)] = job
-                done = next(as_completed(running))
-                job = running.pop(done)
-                yield job, done.result()
-        finally:
-            for future in running:
-                future.cancel()
+        while running or (waiting and time.monotonic() < end):
+            while waiting and len(running) < processes and time.monotonic() < end:
+                job = waiting.pop(0)
+                running[pool.submit(run, job)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                outcome: Outcome
+                try:
+                    outcome = future.result()
+                except (ValueError, OSError, RunStoppedError) as error:
+                    outcome = error
+                except BrokenProcessPool as error:
+                    raise RunStoppedError(
+                        f"a process was killed, for want of memory perhaps: lower --processes {processes}; the same "
+                        "command goes on"
+                    ) from error
+                yield job, outcome
 
 
-def rows_of(jobs: Sequence[Job], found: dict[Path, dict[str, Any]], settings: str) -> list[Row]:
+def _end_with_parent() -> None:
+    """Let this process of the pool save what it does and end soon after the command itself was killed."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        while True:  # the first signal ends a training, which saves; another one the process, which would wait for work
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def rows_of(jobs: Sequence[Job], found: dict[Path, dict[str, Any]]) -> list[Row]:
     """Lines of the CSV."""
     rows = []
     for job in jobs:
         if (figures := found.get(job.folder)) is None:
             continue
-        row = {"part": job.case.part, "case": job.case.name, "seed": str(job.seed), "settings": settings}
+        row = {"part": job.case.part, "case": job.case.name, "seed": str(job.seed), "settings": job.settings}
         for key in COLUMNS:
             if key not in row:
                 value = figures[key]
@@ -458,16 +546,20 @@ def rows_of(jobs: Sequence[Job], found: dict[Path, dict[str, Any]], settings: st
 RowT = TypeVar("RowT", bound=Mapping[str, Any])
 
 
-def merged(before: Sequence[RowT], rows: Sequence[RowT]) -> list[RowT]:
-    """The rows, beside those of the same settings from ``before`` that were not measured now, in the table's order."""
+def merged(before: Sequence[RowT], rows: Sequence[RowT], settings: Mapping[tuple[str, str], str]) -> list[RowT]:
+    """The rows, beside those from ``before`` that were not measured now, in the table's order.
 
-    def which(row: RowT) -> tuple[str, str, int]:
-        return row["part"], row["case"], int(row["seed"])
+    ``settings``: those of each row of the table as it is; what was measured with others is dropped.
+    """
 
-    measured, settings = {which(row) for row in rows}, {row["settings"] for row in rows}
-    kept = [row for row in before if row["settings"] in settings and which(row) not in measured]
-    order = [(case.part, case.name) for case in ROWS]
-    return sorted([*kept, *rows], key=lambda row: (order.index(which(row)[:2]), which(row)[2]))
+    def name(row: RowT) -> tuple[str, str]:
+        return row["part"], row["case"]
+
+    measured = {(*name(row), int(row["seed"])) for row in rows}
+    kept = [row for row in before if settings.get(name(row)) == row["settings"]]
+    kept = [row for row in kept if (*name(row), int(row["seed"])) not in measured]
+    order = list(settings)
+    return sorted([*kept, *rows], key=lambda row: (order.index(name(row)), int(row["seed"])))
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -514,21 +606,28 @@ def main(arguments: list[str] | None = None) -> int:
     """Render, train, measure, write; return 1 while rows are missing."""
     options = options_of(arguments)
     preset = PRESETS[options.preset]
-    taken = conditions.collect(torch.device(preset.device))
-    settings = settings_of(preset)
+    taken = conditions.collect(torch.device(preset.device)) | {"cores": str(len(os.sched_getaffinity(0)))}
     cases = cases_of(options)
     found: dict[Path, dict[str, Any]] = {}
-    with command.progress(len(cases) * len(options.seeds)) as (say, advance):
-        say("rendering")
-        videos = prepare(preset, options.work)
-        # The rows of a seed before those of the next.
-        jobs = [Job(case, seed, preset, options.work, videos) for seed in options.seeds for case in cases]
-        num_runs = len({job.folder for job in jobs})
+    failed: dict[Path, str] = {}
+    # The rows of a seed before those of the next.
+    videos = prepare(preset, options.work)
+    jobs = [Job(case, seed, preset, options.work, videos) for seed in options.seeds for case in cases]
+    num_runs = len({job.folder for job in jobs})
+    with command.progress(num_runs) as (say, advance):
         say(f"{num_runs} runs, {options.processes} at once")
-        for job, figures in carry_out(jobs, options.processes, options.budget):
-            found[job.folder] = figures
-            say(f"{job.case.part} {job.case.name}, seed {job.seed}: top-1 {figures['top1']:.1%}")
+        for job, outcome in carry_out(jobs, options.processes, options.budget):
+            what = f"{job.case.part} {job.case.name}, seed {job.seed}"
+            if isinstance(outcome, Exception):
+                failed[job.folder] = f"{what}: {outcome}"
+            else:
+                found[job.folder] = outcome
+                say(f"{what}: top-1 {outcome['top1']:.1%}")
             advance()
+    for message in failed.values():
+        print(f"failed: {message}", file=sys.stderr)
+    if not found:
+        raise RunStoppedError("no run is done, so nothing was written; the same command goes on")
     result = {
         "conditions": taken,
         "preset": options.preset,
@@ -540,8 +639,9 @@ def main(arguments: list[str] | None = None) -> int:
                 "part": job.case.part,
                 "case": job.case.name,
                 "seed": job.seed,
-                "settings": settings,
+                "settings": job.settings,
                 "run": job.folder.parent.name,
+                "commit": found[job.folder]["commit"],
                 **found[job.folder]["seconds"],
                 "curves": found[job.folder]["curves"],
             }
@@ -551,17 +651,18 @@ def main(arguments: list[str] | None = None) -> int:
     }
     json_path = command.result_path("ablation", result, options)
     if json_path is not None:
+        settings = {(case.part, case.name): Job(case, 0, preset, options.work, videos).settings for case in ROWS}
         path = json_path.with_suffix(".csv")
-        write_csv(path, merged(read_csv(path), rows_of(jobs, found, settings)))
+        write_csv(path, merged(read_csv(path), rows_of(jobs, found), settings))
         print(f"written: {path}")
         if json_path.is_file():
-            result["rows"] = merged(json.loads(json_path.read_text())["rows"], result["rows"])
+            result["rows"] = merged(json.loads(json_path.read_text())["rows"], result["rows"], settings)
         pictured = [job for name in PICTURED for job in jobs if job.case.name == name and job.folder in found]
         firsts = [job for job in pictured if job.seed == pictured[0].seed]
         if len(firsts) == len(PICTURED):
             mask_picture(firsts).save(path.with_suffix(".png"))
             print(f"written: {path.with_suffix('.png')}")
-    command.finish("ablation", result, options)
+    command.finish("ablation", result, options, unprinted="curves")
     return 0 if len(found) == num_runs else 1
 
 

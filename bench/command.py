@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from adamae_fast.config import MaskConfig, ModelConfig
 from adamae_fast.device import make_current, pick_device
+from adamae_fast.errors import RunStoppedError
 from bench import conditions
 from bench.arms import Setting
 from bench.checkout import Checkout
@@ -85,18 +86,22 @@ def write(name: str, result: dict[str, Any], options: argparse.Namespace) -> dic
     return result
 
 
-def finish(name: str, result: dict[str, Any], options: argparse.Namespace) -> None:
-    """Write the result file; print the line that ends a command."""
+def finish(name: str, result: dict[str, Any], options: argparse.Namespace, *, unprinted: str = "") -> None:
+    """Write the result file; print the line that ends a command, without what its rows hold as ``unprinted``."""
     result = write(name, result, options)
     if float(result["conditions"]["load"]) > 1:
         print(f"warning: the load average was {result['conditions']['load']} at the start; other work disturbs figures")
-    print(json.dumps(result, separators=(",", ":"), ensure_ascii=False))
+    rows = [{key: value for key, value in row.items() if key != unprinted} for row in result["rows"]]
+    print(json.dumps({**result, "rows": rows}, separators=(",", ":"), ensure_ascii=False))
 
 
 def run(main: Callable[[list[str] | None], int]) -> None:
-    """Run a command; a user's error is one line and status 2."""
+    """Run a command; a user's error is one line and status 2, what stopped it one line and status 1."""
     try:
         sys.exit(main(None))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunStoppedError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -19,6 +19,11 @@ DIRECTIONS = ("move-left", "move-right", "move-up", "move-down")
 (bench/LOG.md)."""
 
 
+def digest_of(value: object) -> str:
+    """Eight letters that tell it from others, for the name of what follows from it."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def seconds_of(folder: Path) -> float:
     """What its sittings took, but for those that were killed before they could say so."""
     return sum(line["seconds"] for line in read_json_lines(folder / "seconds.jsonl"))
@@ -56,7 +61,7 @@ def action_videos(
     ``options``: classes and detail of :func:`~adamae_fast.data.synthetic.synthesize`.
     """
     num_frames = recipe.model.num_frames * recipe.data.stride
-    what = f"-{hashlib.sha256(json.dumps(options).encode()).hexdigest()[:8]}" if options else ""
+    what = f"-{digest_of(options)}" if options else ""
     folder = work / f"videos-{num_videos}-of-{num_frames}-frames-seed{seed}-val{val_share:g}{what}"
     if not folder.exists():
         synthesize(

@@ -136,6 +136,19 @@ def sampler_logits(model: AdaMAE, videos: torch.Tensor, batch_size: int) -> torc
     return torch.cat(logits)
 
 
+def drawn_figure(
+    strategy: MaskStrategy,
+    grid: TokenGrid,
+    ratio: float,
+    coverage_BN: NDArray[np.floating],
+    seeds_RB: torch.Tensor,
+    logits_BN: torch.Tensor | None = None,
+) -> Figure:
+    """:func:`adaptivity_figure` of the masks that ``strategy`` draws with each row of ``seeds_RB``."""
+    splits = [strategy(grid, ratio, seeds_B, logits_BN) for seeds_B in seeds_RB]
+    return adaptivity_figure(coverage_BN, torch.stack([split.visible_ids_BK for split in splits]).cpu().numpy())
+
+
 def measure_adaptivity(
     model: AdaMAE,
     untrained: AdaMAE,
@@ -166,9 +179,7 @@ def measure_adaptivity(
     seeds_RB = torch.randint(2**63 - 1, (repeats, len(videos)), device=device, generator=generator)
 
     def draw(strategy: MaskStrategy, logits_BN: torch.Tensor | None = None) -> Figure:
-        splits = [strategy(model.grid, model.mask_config.ratio, seeds_B, logits_BN) for seeds_B in seeds_RB]
-        visible_ids_RBK = torch.stack([split.visible_ids_BK for split in splits]).cpu().numpy()
-        return adaptivity_figure(coverage_BN, visible_ids_RBK)
+        return drawn_figure(strategy, model.grid, model.mask_config.ratio, coverage_BN, seeds_RB, logits_BN)
 
     share_B = coverage_BN.mean(axis=1)
     return {
