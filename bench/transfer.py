@@ -23,10 +23,12 @@ same command gives the same accuracies.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from adamae_fast.config import load_config, load_run_config
+from adamae_fast.config import PretrainConfig, load_config, load_run_config
 from adamae_fast.config_finetune import FinetuneConfig
 from adamae_fast.data.actions import ACTIONS
 from adamae_fast.run_folder import RunFolder, find_weights, read_json_lines
 from adamae_fast.train.finetune import finetune
 from adamae_fast.train.pretrain import pretrain
 from bench import command, conditions
-from bench.trainings import DIRECTIONS, action_videos, is_done, seconds_of, train_once
+from bench.trainings import DIRECTIONS, action_videos, digest_of, is_done, seconds_of, train_once
 
 ARMS = ("scratch", "pretrained", "demo")
 SEEDS = (0, 1, 2)
@@ -80,28 +82,33 @@ class Study:
 
     def pretrain(self, videos: Path) -> Path:
         """The arm "pretrained"."""
-        folder = self.work / "pretrained"
-        overrides = {
-            "output_dir": folder,
-            "data.manifest": videos / "train.txt",
+        overrides: dict[str, object] = {
+            "data.manifest": str(videos / "train.txt"),
             "train.steps": self.pretrain_steps,
             "train.device": "cpu",
             "log.tensorboard": False,
         }
+        folder = self.folder("pretrained", load_config(PRETRAINING), overrides)
         self.run(folder, f"pre-training, {self.pretrain_steps} steps", overrides, of_classifier=False)
         return folder
 
+    def folder(self, name: str, recipe: PretrainConfig | FinetuneConfig, overrides: Overrides) -> Path:
+        """Of a run, named after all that decides its figures: another length, or other weights, is another run."""
+        decides = dict(overrides)
+        if "init" in decides:
+            weights, _ = find_weights(str(decides["init"]))
+            decides["init"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        return self.work / f"{name}-{digest_of([asdict(recipe), decides])}"
+
     def finetune(self, name: str, init: Path | None, rate: float, seed: int, train: Path, val: Path) -> Row:
         """One fine-tuning: its last accuracy, and the seconds that it took."""
-        folder = self.work / name
         overrides: dict[str, object] = {
-            "output_dir": folder,
-            "data.manifest": self.list_classes(train, "train", PASSES),
-            "data.root": train,
+            "data.manifest": str(self.list_classes(train, "train", PASSES)),
+            "data.root": str(train),
             "data.num_workers": 0,
             "data.cache_gib": 1.0,
-            "val.manifest": self.list_classes(val, "val"),
-            "val.root": val,
+            "val.manifest": str(self.list_classes(val, "val")),
+            "val.root": str(val),
             "optim.base_lr": rate,
             "train.steps": self.steps,
             "train.device": "cpu",
@@ -109,7 +116,8 @@ class Study:
             "log.tensorboard": False,
         }
         if init is not None:
-            overrides["init"] = init
+            overrides["init"] = str(init)
+        folder = self.folder(name, load_run_config(FINETUNING, FinetuneConfig), overrides)
         seconds = self.run(folder, f"fine-tuning {name}, {self.steps} steps", overrides, of_classifier=True)
         last = read_json_lines(RunFolder(folder).validation)[-1]
         return {"rate": rate, "seed": seed, "top1": last["top1"], "top5": last["top5"], "seconds": seconds}
@@ -127,6 +135,7 @@ class Study:
 
     def run(self, folder: Path, what: str, overrides: Overrides, *, of_classifier: bool) -> float:
         """Carry out one run, or what is left of it; return the seconds that all its sittings took."""
+        overrides = {**overrides, "output_dir": folder}
         if not is_done(folder):
             self.say(what)
 
@@ -144,7 +153,8 @@ def measure(study: Study) -> dict[str, Any]:
     seeds = SEEDS[:2] if study.quick else SEEDS
     videos = study.videos(0, num_videos, val_share)
     tuning = study.videos(TUNING_SEED, num_tuning + 1, num_tuning / (num_tuning + 1))
-    inits = {"scratch": None, "pretrained": study.pretrain(videos), "demo": study.pretrained}
+    pretrained = study.pretrain(videos)
+    inits = {"scratch": None, "pretrained": pretrained, "demo": study.pretrained}
     grid: list[Row] = []
     for arm, init in inits.items():
         for rate in RATES if arm != "scratch" else ():
@@ -191,7 +201,7 @@ def measure(study: Study) -> dict[str, Any]:
         "pretraining": {
             "demo": json.loads(RunFolder(study.pretrained).summary.read_text())["steps"],
             "pretrained": study.pretrain_steps,
-            "seconds": seconds_of(study.work / "pretrained"),
+            "seconds": seconds_of(pretrained),
         },
         "beats_scratch": judge(rows, counts["val"]),
     }

@@ -37,10 +37,13 @@ class Trainings:
 
     def _end(self, folder: str) -> dict[str, Any]:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        stopped_by = "SIGTERM" if Path(folder).name == self.stop_at else None
+        name, _, _ = Path(folder).name.rpartition("-")  # without what tells its settings
+        stopped_by = "SIGTERM" if name == self.stop_at else None
         summary = {"stopped_by": stopped_by, "steps": 2}
         RunFolder(folder).summary.write_text(json.dumps(summary))
-        self.done.append(Path(folder).name)
+        (Path(folder) / "model.safetensors").touch()
+        (Path(folder) / "config.yaml").touch()
+        self.done.append(name)
         return summary
 
 
@@ -103,6 +106,20 @@ def test_a_stopped_study_goes_on_with_what_was_stopped(tmp_path: Path, trainings
     trainings.stop_at = ""
     assert transfer.main(options(tmp_path)) == 0
     assert trainings.done.count("pretrained") == 2
+
+
+def test_another_length_and_other_weights_are_other_runs(tmp_path: Path, trainings: Trainings) -> None:
+    transfer.main(options(tmp_path))
+    trainings.done.clear()
+    transfer.main([*options(tmp_path), "--steps=3"])
+    assert len(trainings.done) == len(set(trainings.done)) > 0
+    assert "pretrained" not in trainings.done
+    trainings.done.clear()
+    arguments = options(tmp_path)
+    (tmp_path / "demo" / "model.safetensors").write_text("others")
+    transfer.main(arguments)
+    assert trainings.done
+    assert all("demo" in name for name in trainings.done)
 
 
 def test_an_arm_beats_scratch_with_every_seed_and_more_than_by_chance() -> None:
