@@ -27,6 +27,10 @@ VANISHING = ADAM_EPS / 10
 """Below it, an update is less than a tenth of what it would be. The published recipe stays a few times above eps."""
 
 
+FEWEST = 1.5
+"""Tokens that p is to lie on where a single one is drawn: it cannot lie on less than one."""
+
+
 class Alarm(NamedTuple):
     """What is wrong with a sampler."""
 
@@ -43,7 +47,8 @@ class Alarm(NamedTuple):
 def sampler_alarms(lines: Iterable[Mapping[str, Any]], config: PretrainConfig, model: AdaMAE) -> list[Alarm]:
     """Return the first alarm of each kind among the logged ``lines`` of a run, which are in order.
 
-    * collapsed: exp(probability_entropy) below the number of visible tokens, and below a quarter of all;
+    * collapsed: exp(probability_entropy) below the number of visible tokens (:data:`FEWEST` where that is one), and
+      below a quarter of all;
     * clamped: clamped_share above a half;
     * vanishing: the sampler's gradient, as AdamW is given it (after clipping), has a root mean square below a tenth of
       its eps.
@@ -71,7 +76,7 @@ def sampler_alarms(lines: Iterable[Mapping[str, Any]], config: PretrainConfig, m
 
 def _collapsed(line: Mapping[str, Any], config: PretrainConfig, model: AdaMAE) -> str | None:
     entropy = finite(line, "probability_entropy")
-    limit = min(model.num_visible, model.grid.num_tokens / 4)
+    limit = max(FEWEST, min(model.num_visible, model.grid.num_tokens / 4))
     if entropy is None or math.exp(entropy) >= limit:
         return None
     return (

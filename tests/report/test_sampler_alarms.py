@@ -62,6 +62,11 @@ def test_many_visible_tokens_are_not_few_probable_ones():
     assert alarms(*[{"probability_entropy": math.log(7.99)}] * 3, ratio=0.1) == [("collapsed", 30)]
 
 
+def test_of_one_visible_token_a_sampler_can_collapse_too():
+    assert alarms(*[{"probability_entropy": math.log(1.49)}] * 3, ratio=0.96) == [("collapsed", 30)]
+    assert alarms(*[{"probability_entropy": math.log(1.51)}] * 3, ratio=0.96) == []
+
+
 def test_alarms_come_in_the_order_of_their_steps():
     both = COLLAPSED | CLAMPED
     assert alarms(VANISHING | CLAMPED, VANISHING | both, VANISHING | both, COLLAPSED) == [
