@@ -19,7 +19,7 @@ from adamae_fast.data.actions import ACTIONS
 from adamae_fast.plan import work
 from bench import conditions, plots, table1
 from bench.ablation import NO_PRETRAINING, ROWS, SMALL_DATA, read_csv
-from bench.report import RESULTS, caption, table
+from bench.report import README, RESULTS, caption, table, written_anew
 from bench.results import Row
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 PAGE = conditions.ROOT / "docs" / "ablation.md"
 PICTURE = conditions.ROOT / "docs" / "ablation.png"
 CURVES = conditions.ROOT / "docs" / "ablation_curves.png"
+
+MARKS = ("<!-- in short, written by python -m bench.ablation_page -->", "<!-- end of in short -->")
+"""Around the verdict in the README."""
 
 DEFAULT, RANDOM, TUBE, FRAME = "adaptive 95 %", "random 90 %", "tube 90 %", "frame 87.5 %"
 """Rows of part (a) that the findings compare."""
@@ -481,9 +484,10 @@ def write_page(path: Path | None = None) -> None:
         sys.exit(f"error: {RESULTS} holds {names}; name one, as python -m bench.ablation writes it")
     study = Study.read(found[0])
     PAGE.write_text(page(study))
+    README.write_text(written_anew(README.read_text(), MARKS, verdict(study)))
     picture(study).savefig(PICTURE, dpi=150, metadata={"Software": None})
     curves(study).savefig(CURVES, dpi=150, metadata={"Software": None})
-    print("written:", *(path.relative_to(conditions.ROOT) for path in (PAGE, PICTURE, CURVES)))
+    print("written:", *(path.relative_to(conditions.ROOT) for path in (PAGE, README, PICTURE, CURVES)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 from bench import conditions, plots
 from bench.measure import ours
 from bench.registry import ENTRIES
-from bench.results import by_operation, conditions_of, has_ours, judge, speedup
+from bench.results import by_operation, conditions_of, has_ours, judge, permutation_p, speedup
 
 RESULTS = conditions.ROOT / "bench" / "results"
 PAGE = conditions.ROOT / "docs" / "results.md"
@@ -365,6 +365,7 @@ def transfer_section(result: Result) -> list[str]:
         f"({pretraining['seconds']:.0f} s).",
         "",
     ]
+    scratch = next(row["top1"] for row in result["rows"] if row["arm"] == "scratch")
     rows = [
         (
             row["arm"],
@@ -373,7 +374,7 @@ def transfer_section(result: Result) -> list[str]:
             ", ".join(f"{value:.1%}" for value in row["top1"]),
             f"{row['top5_mean']:.1%}",
             ", ".join(f"{value:.0f}" for value in row["seconds"]),
-            {True: "yes", False: "no"}.get(result["beats_scratch"].get(row["arm"]), "–"),
+            "–" if row["arm"] == "scratch" else f"{permutation_p(row['top1'], scratch):.2g}",
         )
         for row in result["rows"]
     ]
@@ -384,9 +385,10 @@ def transfer_section(result: Result) -> list[str]:
         "each seed",
         "top-5",
         "seconds",
-        "every seed above every seed of scratch by two standard errors",
+        "p",
     )
     lines += table(columns, rows)
+    lines += ["p: how likely a mean so far above scratch's is by chance, by an exact permutation test over seeds.", ""]
     tried = ", ".join(f"{row['arm']} {row['rate']:g}: {row['top1']:.1%}" for row in result["grid"])
     lines += [f"Rates tried, on another seed and other videos for validation: {tried}.", ""]
     for row in result["rows"]:
@@ -491,12 +493,12 @@ def headline(found: dict[str, list[Result]]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def with_headline(readme: str, found: dict[str, list[Result]]) -> str:
-    """The README with what is between its marks written anew."""
-    assert all(mark in readme for mark in MARKS)
-    before, _, rest = readme.partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    return f"{before}{MARKS[0]}\n{headline(found)}\n{MARKS[1]}{after}"
+def written_anew(text: str, marks: tuple[str, str], between: str) -> str:
+    """The text with what is between its marks replaced."""
+    assert all(mark in text for mark in marks)
+    before, _, rest = text.partition(marks[0])
+    after = rest.partition(marks[1])[2]
+    return f"{before}{marks[0]}\n{between}\n{marks[1]}{after}"
 
 
 def pictures_of(found: dict[str, list[Result]]) -> dict[str, list[str]]:
@@ -535,7 +537,7 @@ def main(arguments: list[str] | None = None) -> int:
     pictures = plots.draw(found, options.page.parent / "results")
     options.page.write_text(page(found))
     if options.page == PAGE:
-        README.write_text(with_headline(README.read_text(), found))
+        README.write_text(written_anew(README.read_text(), MARKS, headline(found)))
     files = [str(path) for path in pictures]
     print(f"written: {options.page}")
     summary = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +15,18 @@ from bench.registry import ENTRIES, NOT_SLOWER, Entry, Goal
 
 Row = dict[str, str]
 """One line of the CSV."""
+
+
+def permutation_p(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """How likely a mean as far above the other one is, were it chance which figure belongs to whom.
+
+    The exact one-sided permutation test: over all ways to deal the figures out, the share whose difference of means is
+    at least the one that was found.
+    """
+    pooled = [*ours, *theirs]
+    found = sum(ours)
+    sums = [sum(deal) for deal in itertools.combinations(pooled, len(ours))]
+    return sum(total >= found - 1e-9 for total in sums) / len(sums)
 
 
 def describe_shape(shape: OpShape) -> str:

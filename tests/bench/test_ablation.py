@@ -23,7 +23,7 @@ from adamae_fast.run_folder import RunFolder
 from bench import ablation, ablation_page, table1
 from bench.ablation import COLUMNS, PRESETS, ROWS, SEEDS, SMALL_DATA, Job
 from bench.ablation_page import Spread, Study
-from bench.report import RESULTS
+from bench.report import README, RESULTS
 
 QUICK = PRESETS["quick"]
 
@@ -366,6 +366,7 @@ def test_the_committed_page_is_that_of_the_committed_figures() -> None:
     """And they are those of the preset as it is."""
     study = Study.read(sorted(RESULTS.glob("ablation_*.csv"))[0])
     assert ablation_page.PAGE.read_text() == ablation_page.page(study)
+    assert f"\n{ablation_page.verdict(study)}\n" in README.read_text()
     settings = {(x.part, x.name): job(x, preset=PRESETS["cpu"]).settings for x in ROWS}
     assert [row["settings"] for row in study.rows] == [settings[row["part"], row["case"]] for row in study.rows]
 

@@ -40,17 +40,17 @@ def test_the_page_is_generated_from_the_committed_results() -> None:
 
 def test_the_readmes_figures_are_those_of_the_committed_results() -> None:
     readme = report.README.read_text()
-    assert readme == report.with_headline(readme, report.read(report.RESULTS))
+    assert readme == report.written_anew(readme, report.MARKS, report.headline(report.read(report.RESULTS)))
 
 
 def test_other_results_are_another_headline() -> None:
     found = {"step": [a_step("H200", "570", allocated_bytes=5_600_000_000, reserved_bytes=6_000_000_000)]}
-    readme = report.with_headline(report.README.read_text(), found)
+    readme = report.written_anew(report.README.read_text(), report.MARKS, report.headline(found))
     assert readme != report.README.read_text()
     assert "| published-fp16 | 16 | 90.0 | 1.00 | 5.60 |\n| ours-none | 16 | 45.0 | 2.00 | 5.60 |" in readme
     assert "device H200; cores 2; torch 2.13; driver 570; commit abc; date 2026-01-02; load 0.1." in readme
     assert "A whole training step is not measured on a CPU yet." in readme
-    assert report.with_headline(readme, found) == readme
+    assert report.written_anew(readme, report.MARKS, report.headline(found)) == readme
     text = report.page(found)
     assert "* published-fp16, ours-none: `_scaled_dot_product_flash_attention` 17 times\n" in text
     assert "![A training step](results/step_x.png)" in text
