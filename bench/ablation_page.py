@@ -183,20 +183,20 @@ def findings(study: Study) -> list[str]:
         for other in (RANDOM, TUBE):
             theirs = get(other, key)
             if mine and theirs:
-                lines.append(f"* **Adaptive 95 % against {other}, {name}.** {compare(mine, theirs)}.")
+                lines.append(f"* **Adaptive 95 % against {other}, {name}:** {compare(mine, theirs)}.")
     accuracies = {case: spread for case in (DEFAULT, RANDOM, TUBE, FRAME) if (spread := get(case, "top1"))}
     if FRAME in accuracies:
         worst = min(accuracies, key=lambda case: accuracies[case].mean)
         lines.append(
-            f"* **Frame masking**, fine-tuned, has {accuracies[FRAME].shown(100)} %"
-            + (" and is the worst" if worst == FRAME else f"; the worst is {worst}, {accuracies[worst].shown(100)} %")
-            + " of these four. Of clips so short it leaves one step in time of "
+            f"* **Frame masking**, fine-tuned, has {accuracies[FRAME].shown(100)} %; the worst of these four is "
+            + ("this one" if worst == FRAME else f"{worst}, {accuracies[worst].shown(100)} %")
+            + ". Of clips so short it leaves one step in time of "
             f"{round(1 / (1 - masked(study.of(part, FRAME)[0])))}: {masked(study.of(part, FRAME)[0]):.0%} are masked."
         )
     for name, key in (("Fine-tuned", "top1"), ("Linear probe", "probe")):
         scratch, best = study.spread(NO_PRETRAINING.part, NO_PRETRAINING.name, key), get(DEFAULT, key)
         if scratch and best:
-            lines.append(f"* **{name}, adaptive 95 % against no pre-training.** {compare(best, scratch)}.")
+            lines.append(f"* **{name}, adaptive 95 % against no pre-training:** {compare(best, scratch)}.")
     spreads = [spread.std for spread in study.distinct("top1").values() if spread.count > 1]
     if spreads:
         lines.append(
@@ -243,15 +243,15 @@ def reasons(study: Study) -> list[str]:
     part = SMALL_DATA[0].part
     changed = {case.name: spread for case in SMALL_DATA[1:] if (spread := study.spread(part, case.name, "adaptivity"))}
     if changed:
-        each = ", ".join(f"{name} {spread.shown(digits=2)}" for name, spread in changed.items())
-        lines.append(f"* **One thing changed** ({part[:3]}), adaptivity: {each}.")
+        each = "; ".join(f"*{name}* {spread.shown(digits=2)}" for name, spread in changed.items())
+        lines.append(f"* **Other settings** {part[:3]}, adaptivity: {each}.")
     ratios = {
         case.name: spread
         for case in table1.CASES
         if case.part.startswith("(b)") and (spread := study.spread(case.part, case.name, "adaptivity"))
     }
     if ratios:
-        each = ", ".join(f"{name} {spread.shown(digits=2)}" for name, spread in ratios.items())
+        each = "; ".join(f"*{name}* {spread.shown(digits=2)}" for name, spread in ratios.items())
         lines.append(f"* **Ratio** (b), adaptivity: {each}.")
     clamped = max(float(row["clamped"]) for row in study.rows if row["clamped"])
     lines.append(f"* **Clamp.** The largest share of masked tokens with a clamped p, of any run, is {clamped:.2g}.")
@@ -263,7 +263,7 @@ def reasons(study: Study) -> list[str]:
         assert papers
         lines.append(
             f"* **Best setting for little data**, by adaptivity: *{best}*, {adaptivity.shown(digits=2)} (at least "
-            f"{ADAPTIVITY:g}: {met(adaptivity.mean >= ADAPTIVITY)}). Fine-tuned: {compare(top1, papers)} of the "
+            f"{ADAPTIVITY:g}: {met(adaptivity.mean >= ADAPTIVITY)}). Fine-tuned, {compare(top1, papers)} of the "
             "defaults, which are the paper's and stay."
         )
     return [*lines, ""]
@@ -285,34 +285,39 @@ def met(is_met: bool) -> str:
     return "met" if is_met else "missed"
 
 
-def compare(mine: Spread, theirs: Spread) -> str:
-    """In words, by the larger of the two deviations."""
+def relation(mine: Spread, theirs: Spread) -> str:
+    """How one stands to the other, in units of the larger of the two deviations; empty if that cannot be told."""
     gap, deviation = mine.mean - theirs.mean, max(mine.std, theirs.std)
-    verdict = (
-        "too few seeds to tell" if min(mine.count, theirs.count) < 2
-        else "better by more than a standard deviation" if gap > deviation
-        else "worse by more than a standard deviation" if gap < -deviation
-        else "equal within a standard deviation"
-    )  # fmt: skip
-    return f"{verdict}, {mine.shown(100)} % against {theirs.shown(100)} %"
+    if min(mine.count, theirs.count) < 2:
+        return ""
+    if abs(gap) <= deviation:
+        return "within a standard deviation of"
+    return f"more than a standard deviation {'above' if gap > 0 else 'below'}"
+
+
+def compare(mine: Spread, theirs: Spread) -> str:
+    """Two accuracies, in words."""
+    shown = f"{mine.shown(100)} %", f"{theirs.shown(100)} %"
+    how = relation(mine, theirs)
+    return f"{shown[0]} is {how} {shown[1]}" if how else f"{shown[0]} and {shown[1]}, too few seeds to tell"
 
 
 def verdict(study: Study) -> str:
-    """The page's title, answered in a sentence."""
+    """The page's title, answered in two sentences; nothing without the figures for them."""
     part = "(a) masking"
     ours, chance = (study.spread(part, case, "adaptivity") for case in (DEFAULT, RANDOM))
-    accuracies = [study.spread(part, case, "top1") for case in (DEFAULT, RANDOM, TUBE)]
-    if not ours or not chance or not all(accuracies):
+    mine, *others = (study.spread(part, case, "top1") for case in (DEFAULT, RANDOM, TUBE))
+    if not ours or not chance or not mine:
         return ""
-    mine, *others = (spread for spread in accuracies if spread)
     looks = "more often" if ours.mean - ours.std > chance.mean + chance.std else "no more often"
-    words = " and ".join(
-        f"{compare(mine, theirs).split(',')[0]} against {other}"
-        for other, theirs in zip((RANDOM, TUBE), others, strict=True)
-    )
+    relations = [
+        f"{how} {name}'s" for name, theirs in zip((RANDOM, TUBE), others, strict=True)
+        if theirs and (how := relation(mine, theirs))
+    ]  # fmt: skip
     return (
-        f"**In short:** the sampler's visible tokens lie on what moves {looks} than random ones, {ours.mean:.2f} times "
-        f"as often as tokens in general. Fine-tuned accuracy of adaptive masks at 95 % is {words}."
+        f"**In short:** the tokens that the sampler leaves visible lie on what moves {looks} than random ones, "
+        f"{ours.mean:.2f} times as often as tokens in general. Fine-tuned accuracy after adaptive masks at 95 % is "
+        f"{' and '.join(relations) or 'not measured with enough seeds'}."
     )
 
 
