@@ -237,6 +237,7 @@ _MEASUREMENTS = {
     "data_memory": "memory of a process that opens thousands of videos",
     "transfer": "accuracy of fine-tuning after pre-training and from scratch, on rendered actions",
     "ablation": "the paper's Table 1 in miniature, on rendered actions: accuracy, probe, where masks look",
+    "ablation_page": "no measurement: docs/ablation.md from what ablation wrote",
     "scaling": "two processes against one on the CPU: efficiency, and what of the exchange hides; a smoke figure",
     "run": "single operations against plain PyTorch and torch.compile",
     "gpu": "all of these on a GPU machine, resumed where they were cut off",

@@ -111,14 +111,17 @@ def checkpoint_step(path: Path) -> int:
 
 
 def find_weights(path: str | Path) -> tuple[Path, Path]:
-    """Return weights and configuration of a checkpoint folder, or of the newest checkpoint in a run's folder."""
+    """Return weights and configuration of a checkpoint folder, or of a run's: its best checkpoint in validation, else
+    its newest one.
+    """
     folder = Path(path)
     if not (folder / MODEL_FILE).is_file():
-        checkpoints = RunFolder(folder).list_checkpoints()
+        run = RunFolder(folder)
+        checkpoints = run.list_checkpoints()
         if not checkpoints:
             raise ValueError(
                 f"{str(path)!r} holds no {MODEL_FILE} and no checkpoints; give a run's folder or one of its checkpoints"
                 " (files of other projects: adamae-fast convert)"
             )
-        folder = checkpoints[-1]
+        folder = run.best_checkpoint() or checkpoints[-1]
     return folder / MODEL_FILE, folder / CONFIG_FILE

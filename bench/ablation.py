@@ -106,6 +106,9 @@ SMALL_DATA = (
 
 ROWS = (*table1.CASES, NO_PRETRAINING, *SMALL_DATA)
 
+PARTS = tuple(dict.fromkeys(case.part[1] for case in ROWS if case.part.startswith("(")))
+"""Their letters."""
+
 COLUMNS = (
     "part", "case", "seed", "visible", "tokens", "top1", "probe", "adaptivity", "untrained", "error_adaptivity",
     "entropy", "clamped", "error", "kept_bytes", "kept_bytes_vitb", "settings",
@@ -466,12 +469,17 @@ def mask_picture(jobs: Sequence[Job]) -> Image.Image:
 
 def cases_of(options: argparse.Namespace) -> list[table1.Case]:
     """The rows that were asked for. Raises ValueError for one that is not there."""
-    cases = [case for case in ROWS if case.part.startswith(options.part)]
+    cases = list(ROWS)
+    if options.part is not None:
+        cases = [case for case in cases if case.part[:3] == f"({options.part.strip('()')})"]
+        if not cases:
+            raise ValueError(f"--part {options.part}: choose one of {', '.join(PARTS)}")
     if options.only:
+        known = dict.fromkeys(case.name for case in cases)
+        if missing := set(options.only) - set(known):
+            asked, there = (", ".join(f'"{name}"' for name in names) for names in (sorted(missing), known))
+            raise ValueError(f"--only {asked}: no row of the table or of this part of it; choose from {there}")
         cases = [case for case in cases if case.name in options.only]
-        if missing := set(options.only) - {case.name for case in cases}:
-            known = ", ".join(dict.fromkeys(case.name for case in ROWS))
-            raise ValueError(f"--only: {', '.join(sorted(missing))} is no row of the table; choose from {known}")
     return cases
 
 
@@ -581,12 +589,20 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.ablation", description=__doc__)
-    parser.add_argument("--preset", choices=[name for name in PRESETS if name != "quick"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="28 videos, 2 steps a run; writes no file of its own")
-    parser.add_argument("--part", default="", metavar="(a)", help="only rows of this part of the table")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ablation",
+        description="The paper's Table 1 in miniature: pre-train, fine-tune and probe every row with every seed, on "
+        "rendered videos. Stopped at any moment, the same command goes on. docs/ablation.md shows what came out.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    presets = [name for name in PRESETS if name != "quick"]
+    parser.add_argument("--preset", choices=presets, default="cpu", help="how much is spent on a run, and where")
+    parser.add_argument(
+        "--quick", action="store_true", help="28 videos, 2 steps a run, for tests; writes results only with --out"
+    )
+    parser.add_argument("--part", metavar="a", help="only rows of this part of the table, a to g")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only rows of these names")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of all draws of a run")
     parser.add_argument("--work", type=Path, help="folder of videos and runs (default: runs/ablation-PRESET)")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
     parser.add_argument("--processes", type=int, help="runs at once (default: one for each core; 4 on a GPU)")
@@ -596,9 +612,14 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
         options.preset = "quick"
     options.work = options.work or Path(f"runs/ablation-{options.preset}")
     cores = len(os.sched_getaffinity(0))
-    options.processes = options.processes or (4 if PRESETS[options.preset].device == "cuda" else cores)
+    if options.processes is None:
+        options.processes = 4 if PRESETS[options.preset].device == "cuda" else cores
     if options.processes < 1:
         raise ValueError(f"--processes {options.processes}: choose at least 1")
+    if min(options.seeds) < 0:
+        raise ValueError(f"--seeds {min(options.seeds)}: choose 0 or more")
+    for key in ("work", "out"):
+        command.make_folder(f"--{key}", getattr(options, key))
     return options
 
 
@@ -649,11 +670,15 @@ def main(arguments: list[str] | None = None) -> int:
             if job.folder in found
         ],
     }
-    json_path = command.result_path("ablation", result, options)
+    name = "ablation-quick" if options.quick else "ablation"
+    json_path = command.result_path(name, result, options)
     if json_path is not None:
         settings = {(case.part, case.name): Job(case, 0, preset, options.work, videos).settings for case in ROWS}
         path = json_path.with_suffix(".csv")
-        write_csv(path, merged(read_csv(path), rows_of(jobs, found), settings))
+        before, rows = read_csv(path), rows_of(jobs, found)
+        if dropped := [row for row in before if settings.get((row["part"], row["case"])) != row["settings"]]:
+            print(f"note: {len(dropped)} rows of other settings leave {path}")
+        write_csv(path, merged(before, rows, settings))
         print(f"written: {path}")
         if json_path.is_file():
             result["rows"] = merged(json.loads(json_path.read_text())["rows"], result["rows"], settings)
@@ -662,7 +687,7 @@ def main(arguments: list[str] | None = None) -> int:
         if len(firsts) == len(PICTURED):
             mask_picture(firsts).save(path.with_suffix(".png"))
             print(f"written: {path.with_suffix('.png')}")
-    command.finish("ablation", result, options, unprinted="curves")
+    command.finish(name, result, options, unprinted="curves")
     return 0 if len(found) == num_runs else 1
 
 

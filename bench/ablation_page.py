@@ -5,10 +5,10 @@ No figure of the page is typed by hand, and no finding: what stands in words fol
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from adamae_fast.data.actions import ACTIONS
 from adamae_fast.plan import work
-from bench import conditions, plots, table1
+from bench import command, conditions, plots, table1
 from bench.ablation import NO_PRETRAINING, ROWS, SMALL_DATA, read_csv
 from bench.report import README, RESULTS, caption, table, written_anew
 from bench.results import Row
@@ -392,11 +392,12 @@ def page(study: Study) -> str:
         "",
         "```bash",
         "python -m bench.ablation --preset cpu   # the same CSV, bit for bit, on the same kind of machine",
-        "python -m bench.ablation_page           # this page",
+        "python -m bench.ablation_page           # this page; with two CSVs in bench/results, name one",
         "```",
         "",
-        "`--part '(a)'` and `--only 'adaptive 95 %'` do a part; stopped at any moment, the same command goes on. "
-        "`--preset gpu` spends more on each run; its length on a GPU is not measured.",
+        "The first one writes `bench/results/ablation_MACHINE.csv` and says so; the second one writes this page and "
+        "the README's sentence from it. `--part a` and `--only 'adaptive 95 %'` do a part; stopped at any moment, the "
+        "same command goes on. `--preset gpu` spends more on each run; its length on a GPU is not measured.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -481,12 +482,20 @@ def curves(study: Study) -> Figure:
     return figure
 
 
-def write_page(path: Path | None = None) -> None:
-    """Write the page of the study whose CSV is at ``path``: of the only one among the results, if None."""
+def main(arguments: list[str] | None = None) -> int:
+    """Write page, pictures, and the README's verdict."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ablation_page",
+        description="Write docs/ablation.md, its pictures, and the README's verdict, from what bench.ablation wrote.",
+    )
+    parser.add_argument("csv", type=Path, nargs="?", help="default: the only one in bench/results")
+    path = parser.parse_args(arguments).csv
     found = [path] if path else sorted(RESULTS.glob("ablation_*.csv"))
     if len(found) != 1:
         names = ", ".join(each.name for each in found) or "no ablation_*.csv"
-        sys.exit(f"error: {RESULTS} holds {names}; name one, as python -m bench.ablation writes it")
+        raise ValueError(f"{RESULTS} holds {names}; name one CSV that python -m bench.ablation has written")
+    if not (found[0].is_file() and found[0].with_suffix(".json").is_file()):
+        raise ValueError(f"{found[0]}: no such CSV with its JSON beside it; python -m bench.ablation writes both")
     study = Study.read(found[0])
     PAGE.write_text(page(study))
     README.write_text(written_anew(README.read_text(), MARKS, verdict(study)))
@@ -494,6 +503,8 @@ def write_page(path: Path | None = None) -> None:
     curves(study).savefig(CURVES, dpi=150, metadata={"Software": None})
     print("written:", *(path.relative_to(conditions.ROOT) for path in (PAGE, README, PICTURE, CURVES)))
 
+    return 0
+
 
 if __name__ == "__main__":
-    write_page(*map(Path, sys.argv[1:2]))
+    command.run(main)

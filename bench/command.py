@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,8 +96,20 @@ def finish(name: str, result: dict[str, Any], options: argparse.Namespace, *, un
     print(json.dumps({**result, "rows": rows}, separators=(",", ":"), ensure_ascii=False))
 
 
+def make_folder(key: str, folder: Path | None) -> None:
+    """Make a folder for results before anything is measured. Raises ValueError if it cannot be written."""
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{key} {folder}: {error.strerror}; choose a folder that can be written") from error
+
+
 def run(main: Callable[[list[str] | None], int]) -> None:
-    """Run a command; a user's error is one line and status 2, what stopped it one line and status 1."""
+    """Run a command; a user's error is one line and status 2, what stopped it one line and status 1 (130: Ctrl-C)."""
     try:
         sys.exit(main(None))
     except ValueError as error:
@@ -105,3 +118,6 @@ def run(main: Callable[[list[str] | None], int]) -> None:
     except RunStoppedError as error:
         print(f"stopped: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)

@@ -372,7 +372,6 @@ def transfer_section(result: Result) -> list[str]:
             f"{row['rate']:g}",
             f"{row['top1_mean']:.1%} ± {row['top1_std']:.1%}",
             ", ".join(f"{value:.1%}" for value in row["top1"]),
-            f"{row['top5_mean']:.1%}",
             ", ".join(f"{value:.0f}" for value in row["seconds"]),
             "–" if row["arm"] == "scratch" else f"{permutation_p(row['top1'], scratch):.2g}",
         )
@@ -383,7 +382,6 @@ def transfer_section(result: Result) -> list[str]:
         "base rate",
         "top-1",
         "each seed",
-        "top-5",
         "seconds",
         "p",
     )

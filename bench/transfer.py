@@ -228,15 +228,21 @@ def show(result: dict[str, Any]) -> None:
 
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.transfer", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="28 videos, 2 steps a run; writes no file of its own")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.transfer",
+        description="Does pre-training help? Fine-tune from it and from scratch, with several seeds, on rendered "
+        "videos. Stopped at any moment, the same command goes on. docs/results.md shows what came out.",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="28 videos, 2 steps a run, for tests; writes results only with --out"
+    )
     parser.add_argument("--out", type=Path, help="folder of the result file (default: bench/results)")
     parser.add_argument(
         "--pretrained", type=Path, default=Path("runs/demo"), help="the run of make demo (default: runs/demo)"
     )
     parser.add_argument("--work", type=Path, help="folder of all runs (default: runs/transfer, or runs/transfer-quick)")
-    parser.add_argument("--steps", type=int, help="of each fine-tuning")
-    parser.add_argument("--pretrain-steps", type=int, help="of the arm pretrained")
+    parser.add_argument("--steps", type=int, help="of each fine-tuning (default: 240)")
+    parser.add_argument("--pretrain-steps", type=int, help="of the arm pretrained (default: 1200)")
     options = parser.parse_args(arguments)
     defaults = {"work": Path("runs/transfer-quick"), "steps": 2, "pretrain_steps": 2} if options.quick else {
         "work": Path("runs/transfer"), "steps": 240, "pretrain_steps": 1200
@@ -244,6 +250,8 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     for key, value in defaults.items():
         if getattr(options, key) is None:
             setattr(options, key, value)
+    for key in ("work", "out"):
+        command.make_folder(f"--{key}", getattr(options, key))
     for key in ("steps", "pretrain_steps"):
         if getattr(options, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(options, key)}: choose at least 1")

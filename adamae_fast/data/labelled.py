@@ -7,10 +7,12 @@ Letters: B clips, T frames, S the clip's side in pixels, H, W pixels, V views of
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -67,6 +69,26 @@ class ViewBatch(NamedTuple):
 
     bad: list[BadVideo]
     """Videos that were to be in this batch and could not be read, one for each line of the manifest."""
+
+
+def read_class_names(manifest: str, num_classes: int) -> list[str] | None:
+    """What ``labels.json`` beside the manifest (or in the folder that it is) calls each class; None if it does not.
+
+    It holds a list, whose index is the label, or, as that of Something-Something, an object of names and labels.
+    """
+    path = Path(manifest).expanduser()
+    path = (path if path.is_dir() else path.parent) / "labels.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        named = {int(label): str(name) for name, label in found.items()} if isinstance(found, dict) else dict(
+            enumerate(map(str, found))
+        )  # fmt: skip
+        return [named[label] for label in range(num_classes)]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        log.warning("%s does not name the %d classes, so their numbers stand for them: %r", path, num_classes, error)
+        return None
 
 
 def read_labels(entries: Sequence[Entry], manifest: str, num_classes: int | None = None) -> tuple[list[int], int]:

@@ -211,7 +211,7 @@ def _is_folder(path: str, name: str) -> bool:
             return stat.S_ISDIR(os.stat(os.path.expanduser(path)).st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
         pass
-    raise ManifestError(f"{name}={path!r}: no such file or folder\n{ACCEPTED_FORMATS}")
+    raise ManifestError(f"{name}={path!r}: no such file or folder; check the path")
 
 
 @contextmanager

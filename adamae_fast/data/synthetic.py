@@ -29,6 +29,7 @@ alpha (colours multiplied by alpha).
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -45,6 +46,8 @@ from numpy.typing import NDArray
 
 from adamae_fast.data.actions import ACTIONS, Split, render_action
 from adamae_fast.data.drawing import Floats, cut, draw, sprite, texture
+
+log = logging.getLogger(__name__)
 
 MOTIONS = ("move-left", "move-right", "move-up", "move-down", "zoom-in", "zoom-out", "rotate", "oscillate")
 """The classes; the index is the label."""
@@ -127,15 +130,17 @@ def synthesize(
     Args:
         out: Folder to make. It must not exist yet, or be empty.
         preset: Which set: demo or actions.
-        num_videos: Videos to render, by default 48 for demo and 1008 for actions; with a multiple of the number of
-            classes each is there equally often.
+        num_videos: Videos to render, by default 48 for demo and 1008 for actions. Each class is there equally often in
+            every part of them that is a multiple of the number of classes.
         num_frames: Frames of each video, at 24 frames per second; at least 8, by default 48 and 32.
         width: Width of the frames in pixels; even, at least 64, by default 160 and 80.
         height: Height of the frames in pixels; even, at least 64, by default 120 and 80.
         seed: Source of every random choice; 0 or more.
         codec: h264 in mp4, vp9 in webm, or both in turns.
         val_share: Share of the videos of preset=actions that are for validation, by default 0.25.
-        classes: Those of preset=actions to render, by default all fourteen; labels count in the order given.
+        classes: Those of preset=actions to render, by default all fourteen; labels count in the order given:
+            move-left, move-right, move-up, move-down, rotate-clockwise, rotate-counterclockwise, zoom-in, zoom-out,
+            sway, circle, approach, leave, pass, push.
         detail: How finely structured the scenes of preset=actions are: 1, the default, like stone or cloth; 0 like
             what is out of focus, which small models need fewer steps for.
 
@@ -182,6 +187,8 @@ def synthesize(
     num_val = round(num_videos * (_VAL_SHARE if val_share is None else val_share)) if preset == "actions" else 0
     if not 0 <= num_val < num_videos:
         raise ValueError(f"val_share={val_share}: choose a share in [0, 1) that leaves a video for training")
+    if 0 < num_val < len(names):
+        log.warning("val.txt gets %d videos of %d classes: raise num_videos or val_share", num_val, len(names))
     folder = Path(out).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"out={out!r}: already holds something; choose a new folder, or remove this one first")

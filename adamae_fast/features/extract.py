@@ -132,8 +132,6 @@ def open_source(checkpoint: str, options: FeatureConfig) -> Source:
 def find_checkpoint(checkpoint: str) -> Path:
     """The best checkpoint of a fine-tuning run, else the newest of a run; what is no run, as it is."""
     path = Path(checkpoint)
-    if best := RunFolder(path).best_checkpoint():
-        return best
     return find_weights(path)[0].parent if detect_layout(path) == "adamae-fast" else path
 
 

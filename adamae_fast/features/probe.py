@@ -17,7 +17,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from adamae_fast.config_features import ExtractConfig, ProbeConfig, ProbeKind, Tokens
-from adamae_fast.data.labelled import read_labels
+from adamae_fast.data.labelled import read_class_names, read_labels
 from adamae_fast.distributed.world import joined
 from adamae_fast.errors import RunStoppedError
 from adamae_fast.features.extract import Source, extract_features, open_source, refuse_unreadable, report_stop
@@ -88,7 +88,13 @@ def probe(checkpoint: str, options: ProbeConfig, console: Console) -> dict[str, 
         "views": {"temporal": options.views.temporal, "spatial": options.views.spatial},
         "probe": options.probe,
         **scored.facts,
-        **describe_results(scored.predictions, val.entries, val_labels, "softmax"),
+        **describe_results(
+            scored.predictions,
+            val.entries,
+            val_labels,
+            "softmax",
+            read_class_names(options.val.manifest, scored.predictions.scores_VK.shape[1]),
+        ),
     }
     write_results(results, output_dir)
     print_results(results, output_dir, console)

@@ -182,10 +182,14 @@ class AdaMAE(nn.Module):
     def from_pretrained(cls, path: str | Path) -> Self:
         """Load a checkpoint folder, or the newest checkpoint of a run's folder.
 
+        Raises ValueError where the folder holds no checkpoint or the weights do not fit, as those of a classifier.
         Files of the published code, VideoMAE and transformers are first brought into this layout by
-        ``adamae-fast convert``. Raises ValueError where the folder holds no checkpoint or the weights do not fit.
+        ``adamae-fast convert``.
         """
-        model = cls.from_config(find_weights(path)[1])
+        weights, recipe = find_weights(path)
+        if "head.weight" in read_tensors_file(weights):
+            raise ValueError(f"{weights.parent} is a classifier; load it with VideoClassifier.from_pretrained")
+        model = cls.from_config(recipe)
         model.load_weights(path)
         return model
 

@@ -175,6 +175,13 @@ class VideoEncoder(nn.Module):
             raise ValueError(f"video is a {type(video).__name__}; pass a torch.Tensor; torch.as_tensor makes one")
         if video.dtype != torch.uint8 and not video.is_floating_point():
             raise ValueError(f"video has dtype {video.dtype}; pass uint8 clips, or floating ones in [0, 1]")
+        # On the CPU, where it can be read without waiting, and not in training, whose augmentation adds noise.
+        if video.is_floating_point() and video.device.type == "cpu" and not self.training and video.numel():
+            largest = float(video.detach().amax())
+            if largest > 2:
+                raise ValueError(
+                    f"video is floating and has values up to {largest:g}; pass uint8 clips, or floating ones in [0, 1]"
+                )
         if video.ndim != 5 or tuple(video.shape[1:]) != self.grid.video_shape:
             raise ValueError(
                 f"video has shape {tuple(video.shape)}; this model takes clips of shape "

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.table import Table
 
 MAX_NUMBERED = 30
 """Classes up to which each cell of the picture shows its count."""
+
+MAX_LETTERS = 28
+"""Of a class's name in the picture."""
 
 MAX_ROWS = 20
 """Classes in the table on the screen."""
@@ -26,8 +30,8 @@ def confusion_matrix(labels: Sequence[int], predicted: Sequence[int], num_classe
     return matrix_KK
 
 
-def describe_classes(matrix_KK: NDArray[np.int64]) -> list[dict[str, object]]:
-    """For each class its videos, how many were right, their share, and the class that most others were taken for.
+def describe_classes(matrix_KK: NDArray[np.int64], class_names: Sequence[str] | None = None) -> list[dict[str, object]]:
+    """For each class its videos, how many were right, their share, the class that most others were taken for, its name.
 
     Share and other class are None where there is nothing to name; of equally frequent ones it is the smallest.
     """
@@ -43,9 +47,15 @@ def describe_classes(matrix_KK: NDArray[np.int64]) -> list[dict[str, object]]:
                 "correct": correct,
                 "accuracy": correct / num_videos if num_videos else None,
                 "most_often_taken_for": int(wrong_K.argmax()) if wrong_K.any() else None,
+                "name": None if class_names is None else class_names[label],
             }
         )
     return rows
+
+
+def describe(row: dict[str, object]) -> str:
+    """A class's number, and its name if it has one."""
+    return str(row["class"]) if row["name"] is None else f"{row['class']} {row['name']}"
 
 
 def class_table(classes: Sequence[dict[str, object]]) -> Table:
@@ -57,12 +67,17 @@ def class_table(classes: Sequence[dict[str, object]]) -> Table:
     for row in tested[:MAX_ROWS]:
         other = row["most_often_taken_for"]
         accuracy = f"{float(str(row['accuracy'])):.1%}"
-        table.add_row(str(row["class"]), str(row["videos"]), accuracy, "" if other is None else str(other))
+        taken_for = "" if other is None else describe(classes[int(str(other))])
+        table.add_row(escape(describe(row)), str(row["videos"]), accuracy, escape(taken_for))
     return table
 
 
-def draw_confusion(matrix_KK: NDArray[np.int64], path: Path) -> None:
-    """Write a PNG: each cell's share of its row, and for few classes its count."""
+def _shorten(name: str) -> str:
+    return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 1]}…"
+
+
+def draw_confusion(matrix_KK: NDArray[np.int64], path: Path, names: Sequence[str] | None = None) -> None:
+    """Write a PNG: each cell's share of its row, and for few classes its count and what ``names`` has for them."""
     from matplotlib.figure import Figure
 
     num_classes = len(matrix_KK)
@@ -74,8 +89,9 @@ def draw_confusion(matrix_KK: NDArray[np.int64], path: Path) -> None:
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     if num_classes <= MAX_NUMBERED:
-        axes.set_xticks(range(num_classes))
-        axes.set_yticks(range(num_classes))
+        ticks = list(map(str, range(num_classes))) if names is None else [_shorten(name) for name in names]
+        axes.set_xticks(range(num_classes), ticks, rotation=90 if max(map(len, ticks), default=0) > 2 else 0)
+        axes.set_yticks(range(num_classes), ticks)
         for row, column in zip(*np.nonzero(matrix_KK), strict=True):
             colour = "white" if share_KK[row, column] > 0.5 else "black"
             axes.text(column, row, str(matrix_KK[row, column]), ha="center", va="center", color=colour, fontsize=8)

@@ -15,14 +15,14 @@ from rich.progress import Progress
 
 from adamae_fast.config import ModelConfig, load_config, load_run_config
 from adamae_fast.config_finetune import EvaluateConfig, FinetuneConfig, LabelledDataConfig, Merge
-from adamae_fast.data.labelled import read_labels
+from adamae_fast.data.labelled import read_class_names, read_labels
 from adamae_fast.data.manifest import Entry, read_manifest
 from adamae_fast.data.quarantine import BadVideo, TooManyBadVideosError
 from adamae_fast.device import describe_device
 from adamae_fast.distributed.world import joined
 from adamae_fast.model.classifier import VideoClassifier
-from adamae_fast.report.confusion import class_table, confusion_matrix, describe_classes, draw_confusion
-from adamae_fast.run_folder import CONFIG_FILE, MODEL_FILE, RunFolder, find_weights
+from adamae_fast.report.confusion import class_table, confusion_matrix, describe, describe_classes, draw_confusion
+from adamae_fast.run_folder import CONFIG_FILE, MODEL_FILE, find_weights
 from adamae_fast.tensor_file import read_tensors_file
 from adamae_fast.train.predict import TOP, Predictions, gather_predictions, predict_views
 from adamae_fast.train.summary import print_facts
@@ -38,7 +38,7 @@ def evaluate(checkpoint: str, options: EvaluateConfig, console: Console) -> dict
     Raises ValueError for a checkpoint, manifest or option that cannot be used, and RunStoppedError for more unreadable
     videos than data.max_bad_share allows (results are written all the same) or for scores that are not finite.
     """
-    folder = RunFolder(checkpoint).best_checkpoint() or find_weights(checkpoint)[0].parent
+    folder = find_weights(checkpoint)[0].parent
     if "head.weight" not in read_tensors_file(folder / MODEL_FILE):
         raise ValueError(f"{folder} is no classifier; make one of it with adamae-fast finetune --init {folder}")
     model = VideoClassifier.from_pretrained(folder).eval()
@@ -95,7 +95,7 @@ def evaluate(checkpoint: str, options: EvaluateConfig, console: Console) -> dict
         "manifest": manifest,
         "views": {"temporal": views.temporal, "spatial": views.spatial},
         "merge": options.merge,
-        **describe_results(found, entries, labels, options.merge),
+        **describe_results(found, entries, labels, options.merge, read_class_names(manifest, model.num_classes)),
     }
     write_results(results, output_dir)
     print_results(results, output_dir, console)
@@ -104,7 +104,11 @@ def evaluate(checkpoint: str, options: EvaluateConfig, console: Console) -> dict
 
 
 def describe_results(
-    found: Predictions, entries: Sequence[Entry], labels: Sequence[int], merge: Merge
+    found: Predictions,
+    entries: Sequence[Entry],
+    labels: Sequence[int],
+    merge: Merge,
+    class_names: Sequence[str] | None = None,
 ) -> dict[str, object]:
     """Counts, accuracies, classes, confusion matrix, predictions and unreadable videos, ready for JSON.
 
@@ -131,7 +135,7 @@ def describe_results(
         "num_readable": len(ids),
         "num_unreadable": len(found.bad),
         **(found.accuracy(labels) if ids else {"top1": None, f"top{TOP}": None}),
-        "classes": describe_classes(matrix_KK),
+        "classes": describe_classes(matrix_KK, class_names),
         "confusion_matrix": matrix_KK.tolist(),
         "unreadable": [{"path": video.path, "reason": video.reason} for video in found.bad],
         "predictions": predictions,
@@ -162,8 +166,10 @@ def _default_output(folder: Path) -> Path:
 def write_results(results: dict[str, object], output_dir: Path) -> None:
     """Write results.json, with what :func:`describe_results` says in it, and confusion_matrix.png."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    matrix = results["confusion_matrix"]
-    draw_confusion(torch.tensor(matrix).numpy(), output_dir / "confusion_matrix.png")
+    matrix, classes = results["confusion_matrix"], results["classes"]
+    assert isinstance(classes, list)
+    names = [describe(row) for row in classes]
+    draw_confusion(torch.tensor(matrix).numpy(), output_dir / "confusion_matrix.png", names)
     temporary = output_dir / "results.tmp"
     temporary.write_text(json.dumps(results) + "\n")
     temporary.replace(output_dir / "results.json")

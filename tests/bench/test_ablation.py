@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import math
@@ -20,7 +21,7 @@ from adamae_fast.config import load_config
 from adamae_fast.errors import RunStoppedError
 from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.run_folder import RunFolder
-from bench import ablation, ablation_page, table1
+from bench import ablation, ablation_page, command, table1
 from bench.ablation import COLUMNS, PRESETS, ROWS, SEEDS, SMALL_DATA, Job
 from bench.ablation_page import Spread, Study
 from bench.report import README, RESULTS
@@ -82,7 +83,7 @@ NAMES = ("adaptive 95 %", "scratch", "frame 87.5 %")
 
 def arguments(work: Path, out: Path, *names: str, processes: int = 1) -> list[str]:
     options = ["--quick", "--seeds", "0", "--work", str(work), "--out", str(out), "--processes", str(processes)]
-    return [*options, "--part", "", "--only", *names]
+    return [*options, "--only", *names]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def read_rows(out: Path) -> dict[tuple[str, str], dict[str, str]]:
-    (path,) = out.glob("ablation_*.csv")
+    (path,) = out.glob("ablation-quick_*.csv")
     with path.open(newline="") as file:
         return {(row["part"][:3], row["case"]): row for row in csv.DictReader(file)}
 
@@ -256,10 +257,20 @@ def test_processes_save_and_end_with_the_command(tmp_path: Path) -> None:
 
 
 def test_unknown_rows_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tube 91 % is no row of the table; choose from tube 75 %"):
-        ablation.main(["--quick", "--only", "tube 91 %", "--work", str(tmp_path)])
-    with pytest.raises(ValueError, match="--processes -1: choose at least 1"):
-        ablation.main(["--processes", "-1"])
+    for arguments, message in (
+        (
+            ["--only", "tube 91 %"],
+            '--only "tube 91 %": no row of the table .*; choose from "tube 75 %", "',
+        ),
+        (["--part", "b", "--only", "tube 75 %"], '--only "tube 75 %": no row .* choose from "0.98", "0.95"'),
+        (["--part", "x"], "--part x: choose one of a, b, c, d, e, f, g"),
+        (["--processes", "0"], "--processes 0: choose at least 1"),
+        (["--seeds", "0", "-1"], "--seeds -1: choose 0 or more"),
+        (["--out", "/proc/nowhere"], "--out /proc/nowhere: No such file or directory; choose a folder that can be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ablation.main(["--quick", "--work", str(tmp_path), *arguments])
+    assert next(x.name for x in ablation.cases_of(argparse.Namespace(part="(b)", only=None))) == "0.98"
 
 
 DID = {
@@ -365,6 +376,26 @@ def test_the_committed_page_is_that_of_the_committed_figures() -> None:
     assert f"\n{ablation_page.verdict(study)}\n" in README.read_text()
     settings = {(x.part, x.name): job(x, preset=PRESETS["cpu"]).settings for x in ROWS}
     assert [row["settings"] for row in study.rows] == [settings[row["part"], row["case"]] for row in study.rows]
+
+
+def test_a_study_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such CSV with its JSON beside it"):
+        ablation_page.main([str(tmp_path / "ablation_x.csv")])
+
+
+def test_a_measurement_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for error, status, line in (
+        (ValueError("--steps 0"), 2, "error: --steps 0\n"),
+        (RunStoppedError("a process was killed"), 1, "stopped: a process was killed\n"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
+    ):
+
+        def main(arguments: list[str] | None, error: BaseException = error) -> int:
+            raise error
+
+        with pytest.raises(SystemExit) as ended:
+            command.run(main)
+        assert (ended.value.code, capsys.readouterr().err) == (status, line)
 
 
 def test_spread() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adamae_fast import LoadedKeys, VideoClassifier, load_encoder
+from adamae_fast import AdaMAE, LoadedKeys, VideoClassifier, load_encoder
 from adamae_fast.config import ModelConfig
 from adamae_fast.interop.convert import convert
 from adamae_fast.model.positions import sinusoid_table
@@ -62,6 +62,8 @@ def test_fine_tuning_file_with_everything_the_training_loop_saves(tmp_path, caps
     )
     convert(str(path), str(tmp_path / "ours"), "adamae-fast", **CLIP)
     assert "classifier of 5 classes" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"ours is a classifier; load it with VideoClassifier\.from_pretrained"):
+        AdaMAE.from_pretrained(tmp_path / "ours")
     model = VideoClassifier.from_pretrained(tmp_path / "ours")
     assert (model.config, model.num_classes) == (TINY, K)
     ours = model.state_dict()

@@ -115,6 +115,13 @@ def test_floating_clips_are_pixels_in_0_to_1(dtype):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
 
 
+def test_floating_clips_of_0_to_255_are_refused():
+    model = build().eval()
+    with pytest.raises(ValueError, match=r"floating and has values up to 2\d\d; pass uint8 clips, or floating ones in"):
+        model(video().float())
+    model(video().float() / 255 * 1.5)  # what some resampling overshoots by
+
+
 def test_logits_are_fp32_under_autocast_and_close():
     model = randomize(build())
     exact = model(video())

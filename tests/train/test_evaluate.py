@@ -19,7 +19,7 @@ from adamae_fast.config_finetune import EvaluateConfig, EvaluateDataConfig, Eval
 from adamae_fast.data.labelled import view_batches
 from adamae_fast.data.manifest import read_manifest
 from adamae_fast.data.quarantine import TooManyBadVideosError
-from adamae_fast.run_folder import RunFolder
+from adamae_fast.run_folder import RunFolder, find_weights
 from adamae_fast.train.evaluate import evaluate
 from adamae_fast.train.predict import Predictions, join_predictions, merge_views, predict_views
 from tests.processes import run_together
@@ -209,6 +209,32 @@ def test_a_runs_best_checkpoint_is_tested(trained, tmp_path):
     assert found["checkpoint"] == str(run.checkpoint(2))
     assert found["manifest"] == str(manifest)  # the run's own
     assert (tmp_path / "evaluation" / "results.json").is_file()
+
+
+def test_classes_have_the_names_that_lie_beside_their_videos(trained, tmp_path, caplog):
+    folder, _, _, manifest = trained
+    beside = tmp_path / manifest.name
+    beside.write_text(manifest.read_text())
+    names = tmp_path / "labels.json"
+    for text in ('["pull", "push", "lift"]', '{"lift": "2", "pull": "0", "push": "1"}'):
+        names.write_text(text)
+        found = evaluate(str(folder), options(beside, tmp_path / "out"), Console(quiet=True))
+        assert [row["name"] for row in found["classes"]] == ["pull", "push", "lift"]
+    names.write_text('["pull"]')
+    found = evaluate(str(folder), options(beside, tmp_path / "out"), Console(quiet=True))
+    assert [row["name"] for row in found["classes"]] == [None] * 3
+    assert "labels.json does not name the 3 classes, so their numbers stand for them" in caplog.text
+
+
+def test_python_and_conversion_take_the_best_checkpoint_too(trained, tmp_path):
+    _, _, recipe, _ = trained
+    run = RunFolder(tmp_path)
+    for step in (2, 4):
+        write_classifier(run.checkpoint(step), recipe)
+    run.validation.write_text('{"step": 2, "top1": 0.5}\n{"step": 4, "top1": 0.25}\n')
+    assert find_weights(tmp_path)[0].parent == run.checkpoint(2)
+    run.validation.write_text('{"step": 3, "top1": 0.5}\n{"step": 4, "top1": 0.25}\n')  # is gone
+    assert find_weights(tmp_path)[0].parent == run.checkpoint(4)
 
 
 def test_a_converted_classifier_is_tested_with_views_that_are_told(trained, tmp_path, caplog):
