@@ -438,7 +438,7 @@ def picture(study: Study) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     left.set_yticks(range(len(names)), [f"{case.name}   {part[:3] if part[0] == '(' else ''}" for part, case in names])
-    left.invert_yaxis()
+    left.set_ylim(len(names) - 0.4, -0.6)
     figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))  # type: ignore[union-attr, call-arg]
     plots._caption(figure, study.about)
     return figure
