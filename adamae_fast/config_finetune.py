@@ -181,8 +181,9 @@ class FinetuneConfig(RunConfig):
     """Folder of the run."""
 
     init: str | None = None
-    """Pre-trained encoder to start a fresh run from: a run or checkpoint of ours, a published AdaMAE or VideoMAE file,
-    a transformers folder; random weights if null. What was used, missing and left over is printed."""
+    """Pre-trained encoder to start a fresh run from: a run or checkpoint of ours (of a run of fine-tuning, the best
+    one), a published AdaMAE or VideoMAE file, a transformers folder; random weights if null. What was used, missing and
+    left over is printed."""
 
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     """What the classifier has beside the encoder."""

@@ -34,7 +34,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +47,7 @@ from rich.console import Console
 
 from adamae_fast.config import (
     LossConfig,
+    MaskConfig,
     ModelConfig,
     PretrainConfig,
     SamplerConfig,
@@ -188,6 +189,18 @@ def finetuning_recipe() -> FinetuneConfig:
     return load_run_config(FINETUNING, FinetuneConfig)
 
 
+def changed(config: Any) -> dict[str, Any]:
+    """What is not a default of its class, and says more than where and how often a run writes."""
+    found: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            value = changed(value)
+        if value not in ({}, field.default) and field.name not in ("output_dir", "log", "checkpoint", "num_workers"):
+            found[field.name] = value
+    return found
+
+
 @dataclass(frozen=True)
 class Job:
     """One row with one seed."""
@@ -206,11 +219,18 @@ class Job:
 
     @cached_property
     def settings(self) -> str:
-        """Everything but the seed that decides its figures, in eight letters."""
-        recipes = [asdict(pretraining_recipe()), asdict(finetuning_recipe()), asdict(ProbeConfig())]
-        return digest_of(
-            [asdict(self.preset), recipes, self.overrides(), self.finetune_overrides(), NUM_BOXED, REPEATS]
-        )
+        """What decides its figures, but for the seed and the defaults of all configurations, in eight letters.
+
+        So a new key, which by default changes nothing, leaves it as it is.
+        """
+        defaults = {
+            f"{group}.{key}": value
+            for group, config in (("model.sampler", SamplerConfig()), ("mask", MaskConfig()), ("loss", LossConfig()))
+            for key, value in asdict(config).items()
+        }
+        overrides = {key: value for key, value in self.overrides().items() if (key, value) not in defaults.items()}
+        recipes = [changed(recipe) for recipe in (pretraining_recipe(), finetuning_recipe(), ProbeConfig())]
+        return digest_of([asdict(self.preset), recipes, overrides, self.finetune_overrides(), NUM_BOXED, REPEATS])
 
     @property
     def folder(self) -> Path:
@@ -286,7 +306,8 @@ def run(job: Job) -> dict[str, Any]:
     }
     tuned = read_json_lines(RunFolder(job.folder / "finetune").metrics)
     row["curves"]["finetune_loss"] = [[line["step"], round(line["loss"], 5)] for line in tuned]
-    row |= {"seconds": parts, "commit": conditions.version()["commit"]}
+    version = conditions.version()
+    row |= {"seconds": parts, "commit": version["commit"] + (" with changes" if version["dirty"] == "yes" else "")}
     unfinished = job.row.with_suffix(".tmp")
     unfinished.write_text(json.dumps(row))
     unfinished.replace(job.row)
@@ -512,13 +533,13 @@ def carry_out(jobs: Sequence[Job], processes: int, budget: float | None) -> Iter
                 outcome: Outcome
                 try:
                     outcome = future.result()
-                except (ValueError, OSError, RunStoppedError) as error:
-                    outcome = error
                 except BrokenProcessPool as error:
                     raise RunStoppedError(
                         f"a process was killed, for want of memory perhaps: lower --processes {processes}; the same "
                         "command goes on"
                     ) from error
+                except Exception as error:  # whatever it is, the other runs have nothing to do with it
+                    outcome = error
                 yield job, outcome
 
 
@@ -637,14 +658,17 @@ def main(arguments: list[str] | None = None) -> int:
     num_runs = len({job.folder for job in jobs})
     with command.progress(num_runs) as (say, advance):
         say(f"{num_runs} runs, {options.processes} at once")
-        for job, outcome in carry_out(jobs, options.processes, options.budget):
-            what = f"{job.case.part} {job.case.name}, seed {job.seed}"
-            if isinstance(outcome, Exception):
-                failed[job.folder] = f"{what}: {outcome}"
-            else:
-                found[job.folder] = outcome
-                say(f"{what}: top-1 {outcome['top1']:.1%}")
-            advance()
+        try:
+            for job, outcome in carry_out(jobs, options.processes, options.budget):
+                what = f"{job.case.part} {job.case.name}, seed {job.seed}"
+                if isinstance(outcome, Exception):
+                    failed[job.folder] = f"{what}: {type(outcome).__name__}: {outcome}"
+                else:
+                    found[job.folder] = outcome
+                    say(f"{what}: top-1 {outcome['top1']:.1%}")
+                advance()
+        except RunStoppedError as error:
+            failed[options.work] = str(error)
     for message in failed.values():
         print(f"failed: {message}", file=sys.stderr)
     if not found:

@@ -372,7 +372,6 @@ def transfer_section(result: Result) -> list[str]:
             f"{row['rate']:g}",
             f"{row['top1_mean']:.1%} ± {row['top1_std']:.1%}",
             ", ".join(f"{value:.1%}" for value in row["top1"]),
-            ", ".join(f"{value:.0f}" for value in row["seconds"]),
             "–" if row["arm"] == "scratch" else f"{permutation_p(row['top1'], scratch):.2g}",
         )
         for row in result["rows"]
@@ -382,11 +381,14 @@ def transfer_section(result: Result) -> list[str]:
         "base rate",
         "top-1",
         "each seed",
-        "seconds",
         "p",
     )
     lines += table(columns, rows)
-    lines += ["p: how likely a mean so far above scratch's is by chance, by an exact permutation test over seeds.", ""]
+    lines += [
+        "p: how likely a mean so far above scratch's is by chance, by an exact permutation test over seeds: one-sided, "
+        "each arm for itself.",
+        "",
+    ]
     tried = ", ".join(f"{row['arm']} {row['rate']:g}: {row['top1']:.1%}" for row in result["grid"])
     lines += [f"Rates tried, on another seed and other videos for validation: {tried}.", ""]
     for row in result["rows"]:

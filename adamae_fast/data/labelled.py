@@ -80,10 +80,10 @@ def read_class_names(manifest: str, num_classes: int) -> list[str] | None:
     path = (path if path.is_dir() else path.parent) / "labels.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        named = {int(label): str(name) for name, label in found.items()} if isinstance(found, dict) else dict(
-            enumerate(map(str, found))
-        )  # fmt: skip
-        return [named[label] for label in range(num_classes)]
+        named = dict(enumerate(found)) if isinstance(found, list) else {int(found[name]): name for name in found}
+        if len(named) != num_classes:
+            raise ValueError(f"it has {len(named)} names")
+        return [str(named[label]) for label in range(num_classes)]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:

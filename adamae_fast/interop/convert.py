@@ -93,7 +93,7 @@ def detect_layout(path: Path) -> Literal["adamae-fast", "pth", "transformers"]:
 
 
 def read_own(path: Path) -> Checkpoint:
-    """Read a checkpoint folder of this project, or the newest checkpoint of a run. Raises ValueError if none fits."""
+    """Read a checkpoint folder of this project, or a run's best one, else its newest. Raises ValueError without one."""
     weights, recipe = find_weights(path)
     if "head.weight" in read_tensors_file(weights):
         classifier = VideoClassifier.from_pretrained(path)

@@ -186,11 +186,12 @@ class AdaMAE(nn.Module):
         Files of the published code, VideoMAE and transformers are first brought into this layout by
         ``adamae-fast convert``.
         """
-        weights, recipe = find_weights(path)
-        if "head.weight" in read_tensors_file(weights):
-            raise ValueError(f"{weights.parent} is a classifier; load it with VideoClassifier.from_pretrained")
+        weights_file, recipe = find_weights(path)
+        weights = read_tensors_file(weights_file)
+        if "head.weight" in weights:
+            raise ValueError(f"{weights_file.parent} is a classifier; load it with VideoClassifier.from_pretrained")
         model = cls.from_config(recipe)
-        model.load_weights(path)
+        fill(model, weights, weights_file)
         return model
 
     def load_weights(self, path: str | Path) -> None:

@@ -91,7 +91,7 @@ class VideoClassifier(VideoEncoder):
     def from_pretrained(
         cls, path: str | Path, num_classes: int | None = None, *, drop_path: float = 0.1, **overrides: object
     ) -> Self:
-        """Load a checkpoint folder, or the newest checkpoint of a run's folder.
+        """Load a checkpoint folder, or that of a run: its best one in validation, else its newest one.
 
         Without ``num_classes`` it is a classifier's, and all of its weights are taken. With it, the checkpoint, of
         pre-training or of a classifier, is a starting point: encoder, and head where it has as many classes; what

@@ -175,16 +175,21 @@ class VideoEncoder(nn.Module):
             raise ValueError(f"video is a {type(video).__name__}; pass a torch.Tensor; torch.as_tensor makes one")
         if video.dtype != torch.uint8 and not video.is_floating_point():
             raise ValueError(f"video has dtype {video.dtype}; pass uint8 clips, or floating ones in [0, 1]")
-        # On the CPU, where it can be read without waiting, and not in training, whose augmentation adds noise.
-        if video.is_floating_point() and video.device.type == "cpu" and not self.training and video.numel():
-            largest = float(video.detach().amax())
-            if largest > 2:
-                raise ValueError(
-                    f"video is floating and has values up to {largest:g}; pass uint8 clips, or floating ones in [0, 1]"
-                )
         if video.ndim != 5 or tuple(video.shape[1:]) != self.grid.video_shape:
             raise ValueError(
                 f"video has shape {tuple(video.shape)}; this model takes clips of shape "
                 f"(B, {', '.join(map(str, self.grid.video_shape))}): resize the clip, or build the model with other "
                 "model.num_frames and model.frame_size"
             )
+        # Where values can be read without waiting; not in training, whose augmentation adds noise.
+        if video.is_floating_point() and video.device.type == "cpu" and not self.training and _has_values(video):
+            largest = float(video.detach().amax())
+            if largest > 2:
+                raise ValueError(
+                    f"video is floating and has values up to {largest:g}; pass uint8 clips, or floating ones in [0, 1]"
+                )
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether they can be looked at: not those of an empty or fake tensor, nor while a graph is being traced."""
+    return tensor.numel() > 0 and type(tensor) is Tensor and not torch.compiler.is_compiling()

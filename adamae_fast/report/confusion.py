@@ -90,8 +90,9 @@ def draw_confusion(matrix_KK: NDArray[np.int64], path: Path, names: Sequence[str
     axes.set_ylabel("true class")
     if num_classes <= MAX_NUMBERED:
         ticks = list(map(str, range(num_classes))) if names is None else [_shorten(name) for name in names]
-        axes.set_xticks(range(num_classes), ticks, rotation=90 if max(map(len, ticks), default=0) > 2 else 0)
-        axes.set_yticks(range(num_classes), ticks)
+        rotation = 90 if max(map(len, ticks), default=0) > 2 else 0
+        axes.set_xticks(range(num_classes), ticks, rotation=rotation, parse_math=False)
+        axes.set_yticks(range(num_classes), ticks, parse_math=False)
         for row, column in zip(*np.nonzero(matrix_KK), strict=True):
             colour = "white" if share_KK[row, column] > 0.5 else "black"
             axes.text(column, row, str(matrix_KK[row, column]), ha="center", va="center", color=colour, fontsize=8)

@@ -79,9 +79,10 @@ def _collapsed(line: Mapping[str, Any], config: PretrainConfig, model: AdaMAE) -
     limit = max(FEWEST, min(model.num_visible, model.grid.num_tokens / 4))
     if entropy is None or math.exp(entropy) >= limit:
         return None
+    what = "" if limit == FEWEST else " (the visible tokens of a clip, or a quarter of all)"
     return (
         f"the sampler has collapsed: exp(probability_entropy)={math.exp(entropy):.3g}, the number of tokens that its "
-        f"probability lies on, is below {limit:g} (the visible tokens of a clip, or a quarter of all); {_calm(config)}"
+        f"probability lies on, is below {limit:g}{what}; {_calm(config)}"
     )
 
 

@@ -166,13 +166,13 @@ def _default_output(folder: Path) -> Path:
 def write_results(results: dict[str, object], output_dir: Path) -> None:
     """Write results.json, with what :func:`describe_results` says in it, and confusion_matrix.png."""
     output_dir.mkdir(parents=True, exist_ok=True)
+    temporary = output_dir / "results.tmp"
+    temporary.write_text(json.dumps(results) + "\n")
+    temporary.replace(output_dir / "results.json")
     matrix, classes = results["confusion_matrix"], results["classes"]
     assert isinstance(classes, list)
     names = [describe(row) for row in classes]
     draw_confusion(torch.tensor(matrix).numpy(), output_dir / "confusion_matrix.png", names)
-    temporary = output_dir / "results.tmp"
-    temporary.write_text(json.dumps(results) + "\n")
-    temporary.replace(output_dir / "results.json")
 
 
 def print_results(results: dict[str, object], output_dir: Path, console: Console) -> None:

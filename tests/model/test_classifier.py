@@ -120,6 +120,10 @@ def test_floating_clips_of_0_to_255_are_refused():
     with pytest.raises(ValueError, match=r"floating and has values up to 2\d\d; pass uint8 clips, or floating ones in"):
         model(video().float())
     model(video().float() / 255 * 1.5)  # what some resampling overshoots by
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(mode.from_tensor(video().float()))
+    exported = torch.export.export(model, (video().float() / 255,))
+    torch.testing.assert_close(exported.module()(video().float() / 255), model(video()))
 
 
 def test_logits_are_fp32_under_autocast_and_close():

@@ -44,6 +44,11 @@ def test_classes_with_names():
     assert ["0 push [left]", "3", "33.3%", "2 lift"] in cells
 
 
+def test_names_are_no_formulas(tmp_path):
+    draw_confusion(np.eye(2, dtype=np.int64), tmp_path / "x.png", ["costs $5% or $6", "$\\nothing$"])
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
 def test_many_classes_are_cut_and_it_is_said():
     console = Console(record=True, file=io.StringIO(), width=80)
     console.print(class_table(describe_classes(np.eye(25, dtype=np.int64))))

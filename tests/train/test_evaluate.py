@@ -12,14 +12,17 @@ import torch
 import yaml
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from adamae_fast.cli import main
 from adamae_fast.config import load_run_config
 from adamae_fast.config_finetune import EvaluateConfig, EvaluateDataConfig, EvaluateViewsConfig, FinetuneConfig
-from adamae_fast.data.labelled import view_batches
+from adamae_fast.data.labelled import read_class_names, view_batches
 from adamae_fast.data.manifest import read_manifest
 from adamae_fast.data.quarantine import TooManyBadVideosError
-from adamae_fast.run_folder import RunFolder, find_weights
+from adamae_fast.interop.convert import read_own
+from adamae_fast.model.classifier import VideoClassifier
+from adamae_fast.run_folder import RunFolder
 from adamae_fast.train.evaluate import evaluate
 from adamae_fast.train.predict import Predictions, join_predictions, merge_views, predict_views
 from tests.processes import run_together
@@ -220,21 +223,25 @@ def test_classes_have_the_names_that_lie_beside_their_videos(trained, tmp_path, 
         names.write_text(text)
         found = evaluate(str(folder), options(beside, tmp_path / "out"), Console(quiet=True))
         assert [row["name"] for row in found["classes"]] == ["pull", "push", "lift"]
-    names.write_text('["pull"]')
-    found = evaluate(str(folder), options(beside, tmp_path / "out"), Console(quiet=True))
-    assert [row["name"] for row in found["classes"]] == [None] * 3
-    assert "labels.json does not name the 3 classes, so their numbers stand for them" in caplog.text
+    for text in ('["pull"]', '["pull", "push", "lift", "turn"]', '{"pull": "zero"}', "3", "{"):
+        names.write_text(text)
+        caplog.clear()
+        assert read_class_names(str(beside), 3) is None
+        assert "labels.json does not name the 3 classes, so their numbers stand for them" in caplog.text
 
 
 def test_python_and_conversion_take_the_best_checkpoint_too(trained, tmp_path):
-    _, _, recipe, _ = trained
-    run = RunFolder(tmp_path)
+    _, model, recipe, _ = trained
+    run = RunFolder(tmp_path / "run")
     for step in (2, 4):
         write_classifier(run.checkpoint(step), recipe)
-    run.validation.write_text('{"step": 2, "top1": 0.5}\n{"step": 4, "top1": 0.25}\n')
-    assert find_weights(tmp_path)[0].parent == run.checkpoint(2)
-    run.validation.write_text('{"step": 3, "top1": 0.5}\n{"step": 4, "top1": 0.25}\n')  # is gone
-    assert find_weights(tmp_path)[0].parent == run.checkpoint(4)
+    newest = {**model.state_dict(), "head.bias": model.head.bias.detach() + 1}
+    save_file(newest, run.checkpoint(4) / "model.safetensors")
+    for best, folder in ((2, run.checkpoint(2)), (3, run.checkpoint(4))):  # step 3 was not kept
+        run.validation.write_text(f'{{"step": {best}, "top1": 0.5}}\n{{"step": 4, "top1": 0.25}}\n')
+        wanted = load_file(folder / "model.safetensors")["head.bias"]
+        assert torch.equal(VideoClassifier.from_pretrained(run.path).head.bias, wanted)
+        assert torch.equal(read_own(run.path).state["head.bias"], wanted)
 
 
 def test_a_converted_classifier_is_tested_with_views_that_are_told(trained, tmp_path, caplog):
