@@ -247,7 +247,7 @@ _MEASUREMENTS = {
 
 
 def _measurements() -> str:
-    return "\n".join(f"  {name:<12}{what}" for name, what in _MEASUREMENTS.items())
+    return "\n".join(f"  {name:<14}{what}" for name, what in _MEASUREMENTS.items())
 
 
 def _bench_arguments(parser: ArgumentParser) -> None:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from adamae_fast.data.actions import ACTIONS
 from adamae_fast.plan import work
 from bench import command, conditions, plots, table1
-from bench.ablation import NO_PRETRAINING, ROWS, SMALL_DATA, read_csv
+from bench.ablation import read_csv
+from bench.ablation_runs import NO_PRETRAINING, ROWS, SMALL_DATA
 from bench.report import README, RESULTS, caption, table, written_anew
 from bench.results import Row
 

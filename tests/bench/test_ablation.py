@@ -22,9 +22,10 @@ from adamae_fast.config import LossConfig, load_config
 from adamae_fast.errors import RunStoppedError
 from adamae_fast.model.adamae import AdaMAE
 from adamae_fast.run_folder import RunFolder
-from bench import ablation, ablation_page, command, table1
-from bench.ablation import COLUMNS, PRESETS, ROWS, SEEDS, SMALL_DATA, Job
+from bench import ablation, ablation_page, ablation_runs, command, table1
+from bench.ablation import COLUMNS, SEEDS
 from bench.ablation_page import Spread, Study
+from bench.ablation_runs import PRESETS, ROWS, SMALL_DATA, Job
 from bench.report import README, RESULTS
 
 QUICK = PRESETS["quick"]
@@ -34,7 +35,7 @@ def case(part: str, name: str) -> table1.Case:
     return next(x for x in ROWS if (x.part[:3], x.name) == (part, name))
 
 
-def job(of: table1.Case, seed: int = 0, work: Path = Path("work"), preset: ablation.Preset = QUICK) -> Job:
+def job(of: table1.Case, seed: int = 0, work: Path = Path("work"), preset: ablation_runs.Preset = QUICK) -> Job:
     return Job(of, seed, preset, work, next(work.glob("videos-*"), work))
 
 
@@ -63,7 +64,7 @@ def test_rows_that_are_one_configuration_are_trained_once() -> None:
 def test_a_row_is_what_the_paper_says(part: str, name: str, expected: dict[str, object]) -> None:
     overrides = job(case(part, name)).overrides()
     assert expected.items() <= overrides.items()
-    load_config(ablation.PRETRAINING, overrides)
+    load_config(ablation_runs.PRETRAINING, overrides)
 
 
 def test_a_job_is_the_same_in_another_process() -> None:
@@ -134,8 +135,8 @@ def test_error_adaptivity_is_that_of_the_formula(done: tuple[Path, Path]) -> Non
     adaptive = job(case("(a)", "adaptive 95 %"), work=done[0])
     folder = adaptive.folder / "pretrain"
     config, model = load_config(RunFolder(folder).config), AdaMAE.from_pretrained(folder).eval()
-    boxed = ablation.read_boxed(adaptive.videos / "val.txt", config, model)
-    seeds_B = ablation.draw_seeds(14, config)[0]
+    boxed = ablation_runs.read_boxed(adaptive.videos / "val.txt", config, model)
+    seeds_B = ablation_runs.draw_seeds(14, config)[0]
     errors, covers = [], []
     for video_CTHW, cover_N, seed in zip(boxed.videos_BCTHW, boxed.coverage_BN, seeds_B, strict=True):
         output = model(video_CTHW[None], seeds=seed[None])
@@ -143,7 +144,7 @@ def test_error_adaptivity_is_that_of_the_formula(done: tuple[Path, Path]) -> Non
             errors.append(error)
             covers.append(cover_N[i])
     share = sum(e * c for e, c in zip(errors, covers, strict=True)) / sum(errors)
-    assert ablation.error_adaptivity(model, config, boxed) == pytest.approx(share / (sum(covers) / len(covers)))
+    assert ablation_runs.error_adaptivity(model, config, boxed) == pytest.approx(share / (sum(covers) / len(covers)))
 
 
 def test_masks_are_drawn(done: tuple[Path, Path]) -> None:
@@ -172,8 +173,8 @@ def test_one_failure_is_told_and_keeps_no_other_run(
 def test_what_is_done_is_not_done_again(done: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     work, _ = done
     frame = job(case("(a)", "frame 87.5 %"), work=work)
-    monkeypatch.setattr(ablation, "pretrain_once", None)
-    assert ablation.run(frame) == json.loads((frame.folder / "row.json").read_text())
+    monkeypatch.setattr(ablation_runs, "pretrain_once", None)
+    assert ablation_runs.run(frame) == json.loads((frame.folder / "row.json").read_text())
 
 
 def test_without_time_left_what_is_done_is_collected(
@@ -223,12 +224,12 @@ def test_settings_are_all_that_decides_a_row(monkeypatch: pytest.MonkeyPatch) ->
     assert job(case("(b)", "0.95")).settings == before
     for changed in (replace(QUICK, probe_videos=13), replace(QUICK, finetune_lr=1.0)):
         assert job(adaptive, preset=changed).settings != before
-    monkeypatch.setattr(ablation, "REPEATS", 9)
+    monkeypatch.setattr(ablation_runs, "REPEATS", 9)
     assert job(adaptive).settings != before
     # A key that a configuration gets, and that by default changes nothing, leaves them as they are.
-    assert ablation.changed(ablation.ProbeConfig()) == {}
-    assert ablation.changed(LossConfig(error="l1")) == {"error": "l1"}
-    recipe = ablation.changed(ablation.pretraining_recipe())
+    assert ablation_runs.changed(ablation_runs.ProbeConfig()) == {}
+    assert ablation_runs.changed(LossConfig(error="l1")) == {"error": "l1"}
+    recipe = ablation_runs.changed(ablation_runs.pretraining_recipe())
     assert recipe["model"]["size"] == "nano"
     assert recipe["optim"]["warmup_epochs"] == 1
     assert not {"output_dir", "seed", "loss"} & set(recipe)
