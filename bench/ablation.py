@@ -266,9 +266,9 @@ def main(arguments: list[str] | None = None) -> int:
     taken = conditions.collect(torch.device(preset.device)) | {"cores": str(len(os.sched_getaffinity(0)))}
     cases = cases_of(options)
     found: dict[Path, dict[str, Any]] = {}
-    failed: dict[Path, str] = {}
-    # The rows of a seed before those of the next.
+    failed: list[str] = []
     videos = prepare(preset, options.work)
+    # The rows of a seed before those of the next.
     jobs = [Job(case, seed, preset, options.work, videos) for seed in options.seeds for case in cases]
     num_runs = len({job.folder for job in jobs})
     with command.progress(num_runs) as (say, advance):
@@ -277,14 +277,14 @@ def main(arguments: list[str] | None = None) -> int:
             for job, outcome in carry_out(jobs, options.processes, options.budget):
                 what = f"{job.case.part} {job.case.name}, seed {job.seed}"
                 if isinstance(outcome, Exception):
-                    failed[job.folder] = f"{what}: {type(outcome).__name__}: {outcome}"
+                    failed.append(f"{what}: {type(outcome).__name__}: {outcome}")
                 else:
                     found[job.folder] = outcome
                     say(f"{what}: top-1 {outcome['top1']:.1%}")
                 advance()
         except RunStoppedError as error:
-            failed[options.work] = str(error)
-    for message in failed.values():
+            failed.append(str(error))
+    for message in failed:
         print(f"failed: {message}", file=sys.stderr)
     if not found:
         raise RunStoppedError("no run is done, so nothing was written; the same command goes on")

@@ -157,7 +157,7 @@ class VideoEncoder(nn.Module):
         Returns:
             (B, N, D), in the dtype of autocast where that is on, else in the parameters'.
 
-        Raises ValueError for a video of another shape or dtype.
+        Raises ValueError for a video of another shape or dtype, and in eval mode on the CPU for floating values over 2.
         """
         self._check_video(video)
         tokens_BND = self.tokenizer(video)
