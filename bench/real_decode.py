@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from adamae_fast.config import DataConfig, DecoderName, PretrainConfig, TrainConfig
+from adamae_fast.data.batch import Batch
 from adamae_fast.data.dali import dali_is_installed
-from adamae_fast.data.loader import Batch, clip_batches
+from adamae_fast.data.loader import clip_batches
 from adamae_fast.data.manifest import Entry, read_manifest
 from adamae_fast.device import Uploader, num_usable_cores
 from bench import arms, command, conditions, videos

@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
         figures = (row["ms"], row["cpu_ms"], row["clips_per_s"])
-        table.add_row(*cells, *(f"{figure:.1f}" for figure in figures), f"{row['tokens_per_s']:.0f}", mfu)
+        table.add_row(*cells, *(f"{figure:.2f}" for figure in figures), f"{row['tokens_per_s']:.0f}", mfu)
     console = Console()
     console.width = max(console.width, 120)
     console.print(table)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adamae_fast.data import nvdec
+from adamae_fast.data.batch import Batch
 from adamae_fast.data.dataset import (
     ClipSample,
     EncodedClip,
@@ -32,7 +33,6 @@ from adamae_fast.data.dataset import (
     VideoKind,
 )
 from adamae_fast.data.decode import EncodedVideo, Frameable
-from adamae_fast.data.loader import Batch
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError
 from adamae_fast.device import num_usable_cores
 

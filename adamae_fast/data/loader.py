@@ -20,13 +20,14 @@ from contextlib import closing
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from adamae_fast.config import PretrainConfig
+from adamae_fast.data.batch import Batch
 from adamae_fast.data.dataset import NOTHING, ClipSample, DecodeCost, NoReadableVideoError, PretrainClips, Videos
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError, TooManyBadVideosError
@@ -44,31 +45,6 @@ ORPHAN_SECONDS = 1.0
 PID, ENTRY, NUM_BEGUN, NUM_FINISHED = range(4)
 """Columns of the table with a row for each worker, shared with all of them: its process, the video that it is decoding,
 the videos that it has begun, the batches that it has finished."""
-
-
-class Batch(NamedTuple):
-    """What one forward pass sees."""
-
-    video: Tensor
-    """uint8 (B, 3, T, S, S); the crops of one video stand together."""
-
-    bad: list[BadVideo]
-    """Videos that were to be in this batch and could not be read."""
-
-    decode: DecodeCost | None = None
-    """Of all its videos; None where the decoder does not tell."""
-
-    num_ready: int = 0
-    """Batches that stood ready when this one was asked for."""
-
-    shown: Sequence[int] = ()
-    """Index of the manifest's entry that each clip shows."""
-
-    num_by_dali: int = 0
-    """Videos of it that DALI decoded."""
-
-    fell_back: tuple[str, ...] = ()
-    """With data.decoder=dali, why the other ones were not, a reason for each."""
 
 
 def clip_batches(

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from adamae_fast.config import RunConfig
+from adamae_fast.data.batch import Batch
 from adamae_fast.data.labelled import LabelledBatch
-from adamae_fast.data.loader import Batch
 from adamae_fast.data.quarantine import DataStoppedError, Quarantine, TooManyBadVideosError
 from adamae_fast.device import peak_memory_bytes
 from adamae_fast.distributed.world import World

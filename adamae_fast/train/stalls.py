@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from adamae_fast.config import RunConfig
 from adamae_fast.config_finetune import LabelledDataConfig
+from adamae_fast.data.batch import Batch
 from adamae_fast.data.labelled import LabelledBatch
-from adamae_fast.data.loader import Batch
 from adamae_fast.device import num_usable_cores
 
 log = logging.getLogger("adamae_fast")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adamae_fast.config import PretrainConfig, RunConfig
 from adamae_fast.config_distributed import check_world
-from adamae_fast.data.loader import Batch
+from adamae_fast.data.batch import Batch
 from adamae_fast.device import Uploader, arithmetic, product_dtype, upload
 from adamae_fast.distributed.parallelize import load_whole, only_last_syncs, parallelize, whole
 from adamae_fast.distributed.world import World

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adamae_fast.config import MaskConfig, ModelConfig
-from adamae_fast.data.loader import Batch
+from adamae_fast.data.batch import Batch
 from bench import real_decode
 from bench.arms import Setting
 

@@ -18,12 +18,13 @@ import torch
 
 from adamae_fast.config import CropKind, DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from adamae_fast.data import dali, nvdec
+from adamae_fast.data.batch import Batch
 from adamae_fast.data.check import check_manifest
 from adamae_fast.data.clips import View, apply_view, center_box, epoch_order, plan_clip
 from adamae_fast.data.dali import DaliError, DaliPipeline, Suitability
 from adamae_fast.data.dataset import EncodedClip, NoReadableVideoError, VideoKind
 from adamae_fast.data.decode import open_video
-from adamae_fast.data.loader import Batch, clip_batches
+from adamae_fast.data.loader import clip_batches
 from adamae_fast.data.manifest import Entry, read_manifest
 from adamae_fast.data.packets import Packet, find_dali_trap, shows_old_vp9
 from adamae_fast.data.prepare import prepare

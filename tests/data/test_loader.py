@@ -27,9 +27,10 @@ from torch.utils.data import dataloader
 from adamae_fast.config import DataConfig, DecoderName, ModelConfig, PretrainConfig, TrainConfig
 from adamae_fast.data import dataset as dataset_module
 from adamae_fast.data import watchdog as watchdog_module
+from adamae_fast.data.batch import Batch
 from adamae_fast.data.dataset import NoReadableVideoError, PretrainClips, decoded_videos
 from adamae_fast.data.decode import VideoError, VideoFile, decord_is_installed, open_entry
-from adamae_fast.data.loader import CRASH_SIGNALS, Batch, clip_batches
+from adamae_fast.data.loader import CRASH_SIGNALS, clip_batches
 from adamae_fast.data.manifest import Entry
 from adamae_fast.data.quarantine import BadVideo, DataStoppedError, TooManyBadVideosError
 from adamae_fast.data.watchdog import CHECKS_PER_TIMEOUT, Decoding, Watchdog

@@ -36,6 +36,9 @@ every_gradient = pytest.mark.parametrize("name", [n for n, inputs in OPERATION_I
 DEVICES = {"reference": "cpu", "cpp": "cpu", "triton": "cuda"}
 
 
+SHAPE = OpShape(grid=(3, 1, 2), num_visible=2)
+"""Few tokens: where Triton's interpreter runs these tests, each takes milliseconds."""
+
 TRITON = pytest.param("triton", marks=pytest.mark.gpu)
 
 
@@ -90,7 +93,7 @@ def test_no_operation_escapes() -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "scattered"])
 def test_opcheck(name: str, impl: str, layout: str) -> None:
     inputs = OPERATION_INPUTS[name]
-    for arguments in inputs.make_requiring_grad(factory(impl, OpShape())):
+    for arguments in inputs.make_requiring_grad(factory(impl, SHAPE)):
         if layout == "scattered":
             arguments = map_tensors(
                 lambda x: scattered_in_memory(x.detach()).requires_grad_(x.requires_grad), arguments
@@ -110,7 +113,7 @@ def test_gradcheck(name: str, impl: str) -> None:
 @every_gradient
 def test_has_no_second_derivative_and_says_so(name: str, impl: str) -> None:
     inputs = OPERATION_INPUTS[name]
-    arguments = inputs.make_requiring_grad(factory(impl, OpShape()))[0]
+    arguments = inputs.make_requiring_grad(factory(impl, SHAPE))[0]
     output = results(name, impl, arguments)[0]
     weights = torch.ones_like(output).requires_grad_()
     (grad, *_) = torch.autograd.grad(output, arguments[inputs.differentiable[0]], weights, create_graph=True)
@@ -123,7 +126,7 @@ def test_compiles_into_one_graph(name: str, impl: str) -> None:
     inputs = OPERATION_INPUTS[name]
     torch._dynamo.reset()
     compiled = torch.compile(lambda *arguments: operation(name, impl)(*arguments), fullgraph=True, backend="aot_eager")
-    arguments = inputs.make_requiring_grad(factory(impl, OpShape()))[0]
+    arguments = inputs.make_requiring_grad(factory(impl, SHAPE))[0]
     expected, actual = results(name, impl, arguments), inputs.results(compiled, arguments)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     leaves = [arguments[i] for i in inputs.differentiable]
@@ -135,7 +138,7 @@ def test_compiles_into_one_graph(name: str, impl: str) -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_public_functions_compile_into_one_graph(dynamic: bool, impl: str, each_impl: None) -> None:
     """Their checks, too, can be traced."""
-    shape = OpShape()
+    shape = SHAPE
     sizes = {"tubelet_size": shape.tubelet_size, "patch_size": shape.patch_size}
 
     def step(video: Tensor, weight: Tensor, bias: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
@@ -167,7 +170,7 @@ def test_public_functions_compile_into_one_graph(dynamic: bool, impl: str, each_
 
 @every_operation
 def test_takes_any_strides(name: str, impl: str) -> None:
-    for arguments in OPERATION_INPUTS[name].make(factory(impl, OpShape(), dtype=torch.float64)):
+    for arguments in OPERATION_INPUTS[name].make(factory(impl, SHAPE, dtype=torch.float64)):
         scattered = map_tensors(scattered_in_memory, arguments)
         assert not any(x.is_contiguous() for x in tensors(scattered))
         expected, actual = results(name, impl, arguments), results(name, impl, scattered)
@@ -186,7 +189,7 @@ def test_takes_a_tensor_that_is_one_number_many_times(name: str, impl: str) -> N
         return x if x.dtype == torch.int64 else x.flatten()[0].expand(x.shape)
 
     inputs = OPERATION_INPUTS[name]
-    for arguments in inputs.make(factory(impl, OpShape(), dtype=torch.float64)):
+    for arguments in inputs.make(factory(impl, SHAPE, dtype=torch.float64)):
         expanded = [x if i in inputs.written else map_tensors(one_number, x) for i, x in enumerate(arguments)]
         copied = map_tensors(Tensor.contiguous, expanded)
         torch.testing.assert_close(results(name, impl, expanded), results(name, impl, copied))
@@ -195,7 +198,7 @@ def test_takes_a_tensor_that_is_one_number_many_times(name: str, impl: str) -> N
 @every_gradient
 def test_gradient_of_a_sum(name: str, impl: str) -> None:
     inputs = OPERATION_INPUTS[name]
-    for arguments in inputs.make_requiring_grad(factory(impl, OpShape(), dtype=torch.float64)):
+    for arguments in inputs.make_requiring_grad(factory(impl, SHAPE, dtype=torch.float64)):
         leaves = [arguments[i] for i in inputs.differentiable]
         output = results(name, impl, arguments)[0]
         from_sum = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
@@ -204,7 +207,7 @@ def test_gradient_of_a_sum(name: str, impl: str) -> None:
 
 @every_operation
 def test_repeats_bit_by_bit_and_leaves_its_inputs_alone(name: str, impl: str) -> None:
-    for arguments in OPERATION_INPUTS[name].make(factory(impl, OpShape())):
+    for arguments in OPERATION_INPUTS[name].make(factory(impl, SHAPE)):
         before = map_tensors(Tensor.clone, arguments)
         first, second = (results(name, impl, arguments) for _ in range(2))
         torch.testing.assert_close(first, second, rtol=0, atol=0)
@@ -215,7 +218,7 @@ def test_repeats_bit_by_bit_and_leaves_its_inputs_alone(name: str, impl: str) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_changes_nothing(name: str, impl: str, dtype: torch.dtype) -> None:
     """Which dtype a model computes in is decided where the operation is called, once, and not inside."""
-    for arguments in OPERATION_INPUTS[name].make(factory(impl, OpShape(), dtype=dtype)):
+    for arguments in OPERATION_INPUTS[name].make(factory(impl, SHAPE, dtype=dtype)):
         expected = results(name, impl, arguments)
         with torch.autocast(DEVICES[impl], torch.bfloat16):
             torch.testing.assert_close(results(name, impl, arguments), expected, rtol=0, atol=0)
@@ -225,7 +228,7 @@ def test_autocast_changes_nothing(name: str, impl: str, dtype: torch.dtype) -> N
 def test_reference_never_reads_a_value_back_from_the_device(name: str, impl: str) -> None:
     """Tensors on the meta device have no values: nonzero, a boolean index or .item() would raise."""
     no_kernel_but_the_reference = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
-    for arguments in OPERATION_INPUTS[name].make(factory(impl, OpShape())):
+    for arguments in OPERATION_INPUTS[name].make(factory(impl, SHAPE)):
         without_values = map_tensors(lambda x: x.to("meta"), arguments)
         run = partial(operation(name, impl).redispatch, no_kernel_but_the_reference)
         actual = OPERATION_INPUTS[name].results(run, without_values)
@@ -253,7 +256,7 @@ def test_implementations_agree_at_odd_shapes(name: str, impl: str) -> None:
 def test_every_element_is_written(name: str, impl: str, dtype: torch.dtype, poisoned_memory: None) -> None:
     """Memory that torch.empty hands out is full of NaN, or of the largest integer, and none of it may stay."""
     assert torch.empty(3).isnan().all()
-    for arguments in OPERATION_INPUTS[name].make(factory(impl, OpShape(), dtype=dtype)):
+    for arguments in OPERATION_INPUTS[name].make(factory(impl, SHAPE, dtype=dtype)):
         for x in results(name, impl, arguments):
             assert x.isfinite().all() if x.is_floating_point() else (x < 2**62).all()
 

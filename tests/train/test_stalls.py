@@ -4,8 +4,8 @@ import torch
 
 from adamae_fast.config import DataConfig, PretrainConfig
 from adamae_fast.config_finetune import FinetuneConfig, LabelledDataConfig
+from adamae_fast.data.batch import Batch
 from adamae_fast.data.dataset import DecodeCost
-from adamae_fast.data.loader import Batch
 from adamae_fast.train import stalls
 from adamae_fast.train.stalls import LoadFigures, StallWatch, advice
 
