@@ -114,28 +114,35 @@ def memory(result: Result) -> Figure:
 
 
 def throughput(result: Result) -> Figure:
-    """Clips a second: bars of one batch size, or lines over batch size, dashed where clips are pinned."""
+    """Clips a second: bars of one batch size, or lines over batch size, a style for each arm and place of the clips."""
     from matplotlib.figure import Figure
 
     rows = [row for row in result["rows"] if "refused" not in row]
-    lines: dict[tuple[str, str], list[Result]] = {}
+    lines: dict[tuple[str, str, str], list[Result]] = {}
     for row in rows:
-        lines.setdefault((f"{row['strategy']} {row['ratio']:g}", row["clips"]), []).append(row)
+        lines.setdefault((f"{row['strategy']} {row['ratio']:g}", row["arm"], row["clips"]), []).append(row)
     batches = sorted({row["batch"] for row in rows})
-    names = [name if clips == "device" else f"{name}, {clips} clips" for name, clips in lines]
+    has_arms = len({arm for _, arm, _ in lines}) > 1
+    names = [
+        ", ".join([mask, *([arm] if has_arms else []), *([f"{clips} clips"] if clips != "device" else [])])
+        for mask, arm, clips in lines
+    ]
     figure = Figure(figsize=(6.5, 4 if len(batches) > 1 else 1.2 + 0.28 * len(lines)), layout="constrained")
     axes = figure.subplots()
     if len(batches) == 1:
         values = [line[0]["clips_per_s"] for line in lines.values()]
-        _bars(axes, names, values, [f"{value:.{0 if value > 100 else 1}f}" for value in values], values)
-        for patch in axes.patches:
-            patch.set_facecolor(OURS)
+        texts = [f"{value:.{0 if value > 100 else 1 if value > 10 else 2}f}" for value in values]
+        _bars(axes, names, values, texts, values)
+        for patch, (_, arm, _) in zip(axes.patches, lines, strict=True):
+            patch.set_facecolor(_colour(arm))
         axes.set_xlabel(f"clips a second at batch {batches[0]}", fontsize=9)
     else:
-        colours = {mask: f"C{i}" for i, mask in enumerate(dict.fromkeys(mask for mask, _ in lines))}
-        for name, ((mask, clips), line) in zip(names, lines.items(), strict=True):
+        colours = {mask: f"C{i}" for i, mask in enumerate(dict.fromkeys(mask for mask, _, _ in lines))}
+        kinds = list(dict.fromkeys((arm, clips) for _, arm, clips in lines))
+        styles = ("o-", "o--", "s:", "s-.", "^-", "^--")
+        for name, ((mask, arm, clips), line) in zip(names, lines.items(), strict=True):
             x, y = ([row[key] for row in line] for key in ("batch", "clips_per_s"))
-            style = "o-" if clips == "device" else "o--"
+            style = styles[kinds.index((arm, clips)) % len(styles)]
             axes.plot(x, y, style, color=colours[mask], label=name, markersize=4, linewidth=1.2)
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, [str(batch) for batch in batches])
@@ -144,7 +151,7 @@ def throughput(result: Result) -> Figure:
         axes.set_xlabel("batch, clips")
         axes.set_ylabel("clips a second")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
+        figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside upper center")
     figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))  # type: ignore[union-attr, call-arg]
     _caption(figure, result)
     return figure

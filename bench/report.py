@@ -249,18 +249,22 @@ def memory_section(result: Result) -> list[str]:
 def throughput_section(result: Result) -> list[str]:
     """Clips a second by strategy and batch."""
     lines = [f"### {result['conditions']['device']}", "", caption(result), ""]
-    columns = ("arm", "mask", "batch", "clips from", "ms [p20, p80]", "CPU ms", "clips/s", "tokens/s", "MFU")
+    lines += ["At each batch size all masks and arms take turns.", ""]
+    against = f"× {result['speedup_over']}"
+    columns = ("mask", "batch", "clips from", "arm", "ms [p20, p80]", against, "CPU ms", "clips/s", "tokens/s", "MFU")
     rows: list[tuple[str, ...]] = []
     for row in result["rows"]:
         source = {"device": "the device", "pinned": "pinned host memory"}[row["clips"]]
-        head = (row["arm"], f"{row['strategy']} {row['ratio']:g}", str(row["batch"]), source)
+        head = (f"{row['strategy']} {row['ratio']:g}", str(row["batch"]), source, row["arm"])
         if "refused" in row:
-            rows.append((*head, row["refused"], *"––––"))
+            rows.append((*head, row["refused"], *"–––––"))
             continue
         ms = f"{row['ms']:.1f} [{row['ms_p20']:.1f}, {row['ms_p80']:.1f}]"
+        faster = "–" if row["speedup"] is None else f"{row['speedup']:.2f}"
         mfu = "–" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        rows.append((*head, ms, number(row["cpu_ms"]), f"{row['clips_per_s']:.2f}", f"{row['tokens_per_s']:.0f}", mfu))
-    return lines + table(columns, rows)
+        rates = (f"{row['clips_per_s']:.2f}", f"{row['tokens_per_s']:.0f}", mfu)
+        rows.append((*head, ms, faster, number(row["cpu_ms"]), *rates))
+    return lines + table(columns, rows) + [f"* {case}: {reason}" for case, reason in result["skipped"].items()]
 
 
 def profile_section(result: Result) -> list[str]:

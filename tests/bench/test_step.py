@@ -20,7 +20,6 @@ from adamae_fast.cli import main as adamae_fast
 from adamae_fast.config import ModelConfig
 from adamae_fast.ops.registry import NAMESPACE
 from adamae_fast.plan.work import classifier_flops
-from adamae_fast.train.step import Stepper
 from bench import (
     arms,
     checkout,
@@ -32,7 +31,6 @@ from bench import (
     profile,
     saved,
     step,
-    throughput,
 )
 from bench.parity import Parity, PretrainParity
 from bench.timing import Plan
@@ -252,31 +250,6 @@ def test_rows_of_another_batch_size_stay_where_all_else_is_the_same(tmp_path: Pa
     assert [row["ms"] for row in again["rows"]] == [8, 4]
     for other in (measured(16, 6, commit="def"), measured(16, 6, published="aa19850")):
         assert {row["batch"] for row in step.with_other_batches(other, options)["rows"]} == {16}
-
-
-def test_clips_in_pinned_memory_are_uploaded_by_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    pinned: list[torch.Tensor] = []
-    taken: list[int] = []
-    accumulate = Stepper.accumulate
-
-    def pin(video: torch.Tensor) -> torch.Tensor:
-        pinned.append(video.clone())
-        return pinned[-1]
-
-    def spy(self: Stepper, video: torch.Tensor) -> None:
-        taken.append(video.data_ptr())
-        accumulate(self, video)
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    monkeypatch.setattr(Stepper, "accumulate", spy)
-    monkeypatch.setattr(throughput, "CLIPS", {"cpu": ("device", "pinned")})
-    model, mask = command.TINY
-    setting = arms.Setting(model=model, mask=mask, batch_size=1, device=CPU)
-    rows = throughput.measure(setting, "ours-none", Plan(warm_up=0, rounds=1, block=2))
-    assert [row["clips"] for row in rows] == ["device", "pinned"]
-    (clips,) = pinned
-    assert clips.dtype == torch.uint8
-    assert [pointer == clips.data_ptr() for pointer in taken] == [False] * 3 + [True] * 3
 
 
 def test_an_arm_that_does_not_exist_is_named() -> None:

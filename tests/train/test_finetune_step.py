@@ -154,3 +154,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_changes_no_weight():
     with pytest.raises(RuntimeError, match=r"step 6: a value is not finite \(loss=nan"):
         run_step(stepper, (noise(2), torch.tensor([0, 1])), step=5)
     assert all(torch.equal(stepper.model.get_parameter(name), value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("augment", [{"mixup": 0.8}, {"cutmix": 1.0, "layers": 2}, {"erase": 0.9}])
+def test_a_step_makes_its_tensors_where_its_inputs_are(augment):
+    """One made on the default device, here the meta device, would be on another one than the model is on a GPU."""
+    stepper = build(augment, drop_path=0.1, recompute="fc1", ema_decay=0.9)
+    video, labels = noise(2), torch.tensor([1, 3])
+    with torch.device("meta"):
+        stepper.begin(0, 1e-3)
+        stepper.accumulate(video, labels)
+        stepper.finish(0)
+    assert stepper.read_figures()["loss"] > 0

@@ -50,7 +50,7 @@ def build(
 
 def clips(batch_size=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (batch_size, 3, 4, 32, 32), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (batch_size, 3, 4, 32, 32), dtype=torch.uint8, generator=generator, device="cpu")
 
 
 def run_step(stepper, *micro_batches, step=0, learning_rate=1e-3):
@@ -142,6 +142,22 @@ def test_the_step_never_waits_for_the_device(options):
     # torch's fused AdamW for the CPU reads its own step counter; the one for CUDA does not.
     callers = [event.cpu_parent.name for event in called if event.name in waiting]
     assert set(callers) <= {"aten::_fused_adamw_"}
+
+
+@pytest.mark.parametrize("strategy", ["adaptive", "tube", "random", "frame"])
+@pytest.mark.parametrize(
+    "options",
+    [{"recompute": "fc1", "accumulate": 2}, {"recompute": "block", "precision": "bf16"}, {"precision": "fp16"}],
+)
+def test_a_step_makes_its_tensors_where_its_inputs_are(strategy, options):
+    """One made on the default device, here the meta device, would be on another one than the model is on a GPU."""
+    stepper = build(strategy=strategy, keep_ratio=0.5, dropout=0.1, optim={"clip_grad_norm": 0.1}, **options)
+    with torch.device("meta"):
+        stepper.begin(0, 1e-3)
+        for _ in range(options.get("accumulate", 1)):
+            stepper.accumulate(clips())
+        stepper.finish(0)
+    assert stepper.read_figures()["loss"] > 0
 
 
 def test_fp16_whose_gradients_always_overflow_is_an_error():
