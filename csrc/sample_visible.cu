@@ -5,6 +5,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "common.h"
 
@@ -39,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_visible(const Tensor& logits, 
       if (batch_size == 0) return;
       const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
       void* stream = nullptr;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(logits.get_device_index(), &stream));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(logits.get_device_index(), &stream));
       const auto kernel = tokens_of_thread(num_tokens) == 4 ? sample_visible_kernel<T, 4> : sample_visible_kernel<T, 8>;
       kernel<<<static_cast<unsigned>(batch_size), threads_of_block(num_tokens), 0, static_cast<cudaStream_t>(stream)>>>(
           data<T>(logits_BN), data<int64_t>(seeds_B), static_cast<int>(num_tokens), static_cast<int>(num_visible),

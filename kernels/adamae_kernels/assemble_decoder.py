@@ -6,7 +6,8 @@
 
 A program of the backward walks CHUNK rows of the gradient: it copies the visible ones and sums the masked ones into one
 fp32 row of its own. A second launch adds those rows. Chunks depend on shapes only, so results repeat bit by bit.
-Row numbers are 32-bit, which divides faster, offsets 64-bit.
+Row numbers are 32-bit, and what they are divided by is a constant of the compiled kernel, which is faster; offsets are
+64-bit.
 
 Bytes, with e of an element: forward B·(K + N)·E·e + 8·B·N, positions read once a clip at worst; backward
 B·(N + K)·E·e, the minimum, and twice the partial sums, 8 / (CHUNK·e) of the gradient's size.
@@ -50,9 +51,9 @@ def _forward_kernel(
     masked_ids,
     out,
     num_rows,
-    N,
-    K,
-    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
     E,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -74,10 +75,9 @@ def _forward_kernel(
         visible + visible_row_R[:, None] * E + offset_E[None, :], mask=store_RE & is_visible_R[:, None], other=0.0
     ).to(tl.float32)
     position_RE = tl.load(
-        positions + id_R[:, None] * E + offset_E[None, :], mask=store_RE & valid_R[:, None], other=0.0
+        positions + id_R[:, None] * E + offset_E[None, :], mask=store_RE & valid_R[:, None], other=float("nan")
     ).to(tl.float32)
     out_RE = tl.where(is_visible_R[:, None], visible_RE, mask_token_E[None, :]) + position_RE
-    out_RE = tl.where(valid_R[:, None], out_RE, float("nan"))
     tl.store(out + row_R.to(tl.int64)[:, None] * E + offset_E[None, :], out_RE.to(out.dtype.element_ty), mask=store_RE)
 
 
@@ -87,8 +87,8 @@ def _backward_kernel(
     grad_visible,
     partial,
     num_rows,
-    N,
-    K,
+    N: tl.constexpr,
+    K: tl.constexpr,
     E,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,

@@ -4,7 +4,8 @@
     grad_tokens[b, n] = grad[b, slots[b, n]] if slots[b, n] < K else 0
 
 A program holds a few whole rows. The backward walks the result, not the gradient: every row is written once, zeros
-included, without atomics or a fill before. Row numbers are 32-bit, which divides faster, offsets 64-bit.
+included, without atomics or a fill before. Row numbers are 32-bit, and what they are divided by is a constant of the
+compiled kernel, which is faster; offsets are 64-bit.
 
 Bytes, with e of an element: forward B·K·(2·D·e + 8) and the positions, read once a clip at worst; backward
 B·(N + K)·D·e + 8·B·N. Both are the minimum.
@@ -29,7 +30,9 @@ LAUNCH: Table = ((1024, {"ROWS": 4, "num_warps": 4}), (4096, {"ROWS": 1, "num_wa
 
 
 @triton.jit
-def _forward_kernel(tokens, ids, positions, out, num_rows, N, K, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _forward_kernel(
+    tokens, ids, positions, out, num_rows, N, K: tl.constexpr, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_range_R = row_R < num_rows
     id_R, valid_R = load_ids(ids + row_R, row_R % K, N, in_range_R)
@@ -38,13 +41,17 @@ def _forward_kernel(tokens, ids, positions, out, num_rows, N, K, D, ROWS: tl.con
     load_RD = store_RD & valid_R[:, None]
     token_R = (row_R // K).to(tl.int64) * N + id_R
     token_RD = tl.load(tokens + token_R[:, None] * D + offset_D[None, :], mask=load_RD, other=0.0).to(tl.float32)
-    position_RD = tl.load(positions + id_R[:, None] * D + offset_D[None, :], mask=load_RD, other=0.0).to(tl.float32)
-    out_RD = tl.where(valid_R[:, None], token_RD + position_RD, float("nan"))
+    position_RD = tl.load(positions + id_R[:, None] * D + offset_D[None, :], mask=load_RD, other=float("nan")).to(
+        tl.float32
+    )
+    out_RD = token_RD + position_RD
     tl.store(out + row_R.to(tl.int64)[:, None] * D + offset_D[None, :], out_RD.to(out.dtype.element_ty), mask=store_RD)
 
 
 @triton.jit
-def _backward_kernel(grad, slots, grad_tokens, num_rows, N, K, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _backward_kernel(
+    grad, slots, grad_tokens, num_rows, N: tl.constexpr, K, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_range_R = row_R < num_rows
     slot_R = tl.load(slots + row_R, mask=in_range_R, other=0)

@@ -3,7 +3,8 @@
     pixels[b, n, (c, t, h, w)] = (v / 255 - mean_c) / std_c = v · scale_c + shift_c
 
 with scale and shift worked out in fp64 by the launcher. A program takes one colour of a few neighbouring tokens: it
-reads whole rows of their patches and writes unbroken runs.
+reads whole rows of their patches and writes unbroken runs. The clip's sizes are constants of the compiled kernel, since
+divisions by anything else would take longer than moving the bytes.
 
 Bytes: B·C·T·H·W·(1 + e) with e bytes of an element of the result, which is the minimum.
 
@@ -27,30 +28,30 @@ LAUNCH: Table = ((512, {"TOKENS": 4, "num_warps": 4}), (4096, {"TOKENS": 1, "num
 def _kernel(
     video,
     out,
-    N,
-    T,
-    H,
-    W,
     scale_0,
     scale_1,
     scale_2,
     shift_0,
     shift_1,
     shift_2,
+    T: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
     TUBELET: tl.constexpr,
     PATCH: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     S: tl.constexpr = TUBELET * PATCH * PATCH
-    groups = tl.cdiv(N, TOKENS)
+    columns: tl.constexpr = W // PATCH
+    rows: tl.constexpr = H // PATCH
+    N: tl.constexpr = T // TUBELET * rows * columns
+    groups: tl.constexpr = (N + TOKENS - 1) // TOKENS
     clip = (tl.program_id(0) // (groups * 3)).to(tl.int64)
     group = tl.program_id(0) % groups
     # Colours are the outer loop: neighbouring programs read neighbouring patches, which share memory sectors.
     colour = tl.program_id(0) // groups % 3
     token_G = group * TOKENS + tl.arange(0, TOKENS)
-    columns = W // PATCH
-    rows = H // PATCH
     frame_G = (token_G // (rows * columns) * TUBELET).to(tl.int64)
     y_G = token_G // columns % rows * PATCH
     x_G = token_G % columns * PATCH
@@ -85,12 +86,11 @@ def patchify(
         _kernel[(batch_size * 3 * triton.cdiv(num_tokens, settings["TOKENS"]),)](
             video_BCTHW.contiguous(),
             out_BNP,
-            num_tokens,
-            num_frames,
-            height,
-            width,
             *(1 / (255 * s) for s in std),
             *(-m / s for m, s in zip(mean, std, strict=True)),
+            T=num_frames,
+            H=height,
+            W=width,
             TUBELET=tubelet_size,
             PATCH=patch_size,
             BLOCK_S=triton.next_power_of_2(per_colour),

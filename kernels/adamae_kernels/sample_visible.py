@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adamae_kernels.exponential import exp_of_negative
 from adamae_kernels.launch import Table, choose
 
 LAUNCH: Table = ((2048, {"num_warps": 8}), (8192, {"num_warps": 16}))
@@ -108,7 +109,7 @@ def _sample_kernel(logits, seeds, visible_ids, masked_ids, slots, statistics, N,
 
     largest = tl.max(tl.where(in_range, logit_N, float("-inf")), 0)
     below_N = logit_N - largest
-    weight_N = tl.where(in_range, tl.exp(below_N), 0.0)
+    weight_N = tl.where(in_range, exp_of_negative(below_N), 0.0)
     total = tl.sum(weight_N, 0)
     # A weight of 0 times a logit of minus infinity is NaN, as it should be.
     mean_below = tl.div_rn(tl.sum(tl.where(in_range, below_N * weight_N, 0.0), 0), total)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adamae_kernels.exponential import exp_of_negative
 from adamae_kernels.ids import load_ids
 from adamae_kernels.launch import Table, choose
 
@@ -38,7 +39,7 @@ def _kernel(logits, ids, error, loss, gradient, N, M, BLOCK_N: tl.constexpr, BLO
     in_range_N = offset_N < N
     logit_N = tl.load(logits + offset_N, mask=in_range_N, other=float("-inf")).to(tl.float32)
     largest = tl.max(logit_N, 0)
-    exp_N = tl.exp(logit_N - largest)
+    exp_N = exp_of_negative(logit_N - largest)
     total = tl.sum(exp_N, 0)
 
     # Beyond M, the error is 0.
@@ -47,7 +48,7 @@ def _kernel(logits, ids, error, loss, gradient, N, M, BLOCK_N: tl.constexpr, BLO
     id_M, valid_M = load_ids(ids + clip * M + offset_M, offset_M, N, in_range_M)
     logit_M = tl.load(logits + id_M, mask=in_range_M & valid_M, other=float("-inf")).to(tl.float32)
     error_M = tl.load(error + clip * M + offset_M, mask=in_range_M, other=0.0).to(tl.float32)
-    p_M = tl.where(valid_M, tl.div_rn(tl.exp(logit_M - largest), total), float("nan"))
+    p_M = tl.where(valid_M, tl.div_rn(exp_of_negative(logit_M - largest), total), float("nan"))
     # Comparisons, not min and max: those would turn a NaN into a bound.
     clamped_M = tl.where(p_M < _EPS, _EPS, tl.where(p_M > 1 - _EPS, 1 - _EPS, p_M))
     tl.store(loss + clip, tl.div_rn(-tl.sum(tl.log(clamped_M) * error_M, 0), M * 1.0))

@@ -10,6 +10,9 @@ from functools import partial
 import adamae_kernels
 import pytest
 import torch
+import triton
+import triton.language as tl
+from adamae_kernels.exponential import exp_of_negative
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -142,69 +145,95 @@ def test_an_id_out_of_range_or_order_becomes_nan_and_nothing_else_changes(
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_step_with_an_id_out_of_range_has_nan_in_its_row_alone() -> None:
-    arguments = list(calls("patch_loss_step", OpShape())[-1])
+@pytest.mark.parametrize("name", ["patch_loss_step"])
+def test_a_step_with_an_id_out_of_range_has_nan_in_its_row_alone(name: str) -> None:
+    arguments = list(calls(name, OpShape())[-1])
     first, num_masked = arguments[3], OpShape().num_masked
-    right = kernel("patch_loss_step", *arguments)
+    right = kernel(name, *arguments)
     arguments[2] = arguments[2].clone()
     arguments[2][1, 2] = -1
     row = num_masked + 2 - first
-    for x, expected in zip(kernel("patch_loss_step", *arguments), right, strict=True):
+    for x, expected in zip(kernel(name, *arguments), right, strict=True):
         assert x[row].isnan().all()
         assert torch.equal(x[:row], expected[:row])
         assert torch.equal(x[row + 1 :], expected[row + 1 :])
 
 
+@pytest.mark.parametrize("name", ["gather_tokens_backward"])
 @pytest.mark.parametrize("wrong", [-1, -(2**63), 2**63 - 1])
-def test_a_slot_out_of_range_reads_no_gradient(wrong: int) -> None:
-    grad, slots = calls("gather_tokens_backward", OpShape())[-1]
+def test_a_slot_out_of_range_reads_no_gradient(name: str, wrong: int) -> None:
+    grad, slots = calls(name, OpShape())[-1]
     slots = slots.clone()
     slots[1, 3] = 0  # of a visible token
-    (expected,) = kernel("gather_tokens_backward", grad, slots)
+    (expected,) = kernel(name, grad, slots)
     slots[1, 3] = wrong
     expected[1, 3] = 0
-    (actual,) = kernel("gather_tokens_backward", grad, slots)
+    (actual,) = kernel(name, grad, slots)
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("name", ["split_tokens"])
 @pytest.mark.parametrize("ids", [[3, 3, 1], [3, 7, 1], [3, -2, 1]])
-def test_a_token_named_twice_or_out_of_range_leaves_an_id_that_no_token_has(ids: list[int]) -> None:
-    visible, masked, slots = kernel("split_tokens", torch.tensor([ids, [0, 1, 2]]), 5)
+def test_a_token_named_twice_or_out_of_range_leaves_an_id_that_no_token_has(name: str, ids: list[int]) -> None:
+    visible, masked, slots = kernel(name, torch.tensor([ids, [0, 1, 2]]), 5)
     assert visible.tolist() == [[1, 3, -1], [0, 1, 2]]
     assert masked[1].tolist() == [3, 4]
     assert slots.tolist() == [[3, 0, 4, 1, 5], [0, 1, 2, 3, 4]]
 
 
+@pytest.mark.parametrize("name", ["sample_visible"])
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("num_visible", [1, 700, 2099, 2100])
-def test_selects_among_ties_infinities_and_nan_as_a_stable_sort_does(num_visible: int) -> None:
+def test_selects_among_ties_infinities_and_nan_as_a_stable_sort_does(name: str, num_visible: int) -> None:
     """Ids to the last one, so that noise has the same bits; statistics say NaN for the same clips."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 2100, generator=generator)
     logits[1] = logits[1].round() * 2**30
     logits[2] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-45]).repeat(300)
     seeds = torch.tensor([5, -6, 2**62])
-    actual, expected = (f("sample_visible", logits, seeds, num_visible) for f in (kernel, reference))
+    actual, expected = (f(name, logits, seeds, num_visible) for f in (kernel, reference))
     assert all(map(torch.equal, actual[:3], expected[:3]))
     assert actual[3][:, 2].isnan().tolist() == [False, False, True]
 
 
-def test_the_mask_tokens_gradient_sums_many_chunks() -> None:
+@pytest.mark.parametrize("name", ["assemble_decoder_backward"])
+def test_the_mask_tokens_gradient_sums_many_chunks(name: str) -> None:
     grad = InputFactory(OpShape(batch_size=5, grid=(257, 1, 1), width=7)).tokens(257)
-    actual = kernel("assemble_decoder_backward", grad, 9, torch.float32)[1]
-    _, formula = reference("assemble_decoder_backward", grad, 9, torch.float32)
-    _, truth = reference("assemble_decoder_backward", grad.double(), 9, torch.float64)
+    actual = kernel(name, grad, 9, torch.float32)[1]
+    _, formula = reference(name, grad, 9, torch.float32)
+    _, truth = reference(name, grad.double(), 9, torch.float64)
     assert_within_budget(actual, formula, truth, largest_term=float(truth.abs().max()))
 
 
-def test_the_decoders_input_may_hold_a_part_of_the_masked_tokens() -> None:
-    *arguments, masked_ids = calls("assemble_decoder", OpShape())[-1]
+@pytest.mark.parametrize("name", ["assemble_decoder"])
+def test_the_decoders_input_may_hold_a_part_of_the_masked_tokens(name: str) -> None:
+    *arguments, masked_ids = calls(name, OpShape())[-1]
     for part in (masked_ids[:, ::3], masked_ids[:, :1]):
-        (actual,), (expected,) = (f("assemble_decoder", *arguments, part) for f in (kernel, plain))
+        (actual,), (expected,) = (f(name, *arguments, part) for f in (kernel, plain))
         assert torch.equal(actual, expected)
 
 
-def test_a_token_too_large_for_32_bit_sums_is_refused() -> None:
+@pytest.mark.parametrize("name", ["patch_targets"])
+def test_a_token_too_large_for_32_bit_sums_is_refused(name: str) -> None:
     video, ids = torch.zeros(1, 3, 4, 64, 64, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"a token has 49152 values.*smaller tubelets"):
-        kernel("patch_targets", video, ids, 4, 64, "normalized", torch.float32)
+        kernel(name, video, ids, 4, 64, "normalized", torch.float32)
+
+
+@triton.jit
+def _exponential_kernel(x, out, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + place, exp_of_negative(tl.load(x + place)))
+
+
+def test_the_exponential_is_a_rounding_step_off_at_most() -> None:
+    x = torch.cat([-torch.linspace(0, 87.3, 8187), torch.tensor([-0.0, -1e-30, -87.4, -torch.inf, torch.nan])])
+    out = torch.empty_like(on_device(x))
+    _exponential_kernel[(len(x) // 1024,)](on_device(x), out, BLOCK=1024)
+    actual, truth = out.cpu(), x.double().exp()
+    normal = truth >= torch.finfo(torch.float32).tiny
+    steps = (actual.double() - truth).abs()[normal] / (truth[normal].log2().floor().exp2() * 2.0**-23)
+    assert steps.max() <= 1
+    assert actual[-5:-3].tolist() == [1, 1]
+    assert actual[-3:-1].tolist() == [0, 0]
+    assert actual[-1].isnan()

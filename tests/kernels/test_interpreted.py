@@ -42,4 +42,4 @@ def test_kernels_are_what_the_dispatcher_compiler_and_autograd_expect() -> None:
 
 
 def test_kernels_train_a_miniature() -> None:
-    interpret("tests/convergence", "-k", "kernels_train")
+    interpret("tests/convergence", "-k", "kernels_train and normalized")
