@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from adamae_fast.config import MaskConfig, ModelConfig
 from adamae_fast.device import make_current, pick_device
 from adamae_fast.errors import RunStoppedError
+from adamae_fast.ops import triton_kernels
 from bench import conditions
 from bench.arms import Setting
 from bench.checkout import Checkout
@@ -28,6 +30,9 @@ TINY = (ModelConfig(size="nano", frame_size=48), MaskConfig(ratio=0.8))
 
 BATCH = {"cpu": 2, "cuda": 32}
 """Clips of a step where ``--batch`` gives none."""
+
+REFUSED = 3
+"""Status of a command that has measured, though not every arm: of the others it says why. 1 is that of a crash."""
 
 Say = Callable[[str], None]
 """Hears what is being done."""
@@ -46,11 +51,18 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
 def setting_of(options: argparse.Namespace, batch_size: int | None = None) -> Setting:
     """The paper's model, or a tiny one with ``--quick``. Raises ValueError for a device that is not there."""
     device = pick_device(options.device, key="--device")
+    require_kernels(device)
     make_current(device)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"--batch {batch_size}: choose at least 1 clip")
     model, mask = TINY if options.quick else (ModelConfig(), MaskConfig())
     return Setting(model=model, mask=mask, batch_size=batch_size or BATCH[device.type], device=device)
+
+
+def require_kernels(device: torch.device) -> None:
+    """Raise ValueError where a GPU would run the references, which no figure of ours is to be of."""
+    if device.type == "cuda" and (reason := triton_kernels.reason_missing()):
+        raise ValueError(f"--device {device}: {reason}; in a checkout that is not installed, set PYTHONPATH=kernels")
 
 
 def checkout_of(options: argparse.Namespace) -> Checkout | None:

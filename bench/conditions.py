@@ -74,7 +74,19 @@ def _version(package: str) -> str:
 
 
 def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return _nvidia_smi("driver_version")
+
+
+def architecture() -> str:
+    """The compute capability of the first GPU, such as 9.0, asked without a CUDA context; nothing without a GPU."""
+    try:
+        return _nvidia_smi("compute_cap")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _nvidia_smi(what: str) -> str:
+    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench import conditions
+from bench import command, conditions
 
 STATE = "gpu.json"
 
@@ -39,9 +40,13 @@ class Step:
     """After the interpreter."""
     share: int
     """Seconds it is expected to take; where less than half is left, it is not begun, and after twice it is cut off. The
-    next call gives a step that was cut off all that is left."""
+    next call gives a step that was cut off all that the others leave."""
     allowed: tuple[int, ...] = (0,)
-    """Exit statuses after which the step counts as done; 1 of a bench: some arm was refused, and it says which."""
+    """Exit statuses after which the step counts as done."""
+
+
+REFUSED = (0, command.REFUSED)
+"""Statuses of a step of which some arms may be refused: it says which, and why."""
 
 
 def step_arms(published: str, precisions: tuple[str, ...], *, graph: bool) -> list[str]:
@@ -63,7 +68,8 @@ def steps(out: Path, *, rehearsal: bool, published: str | None) -> list[Step]:
     kernels = ["--operation", "sample_visible", "gather_tokens"] if rehearsal else []
     tuning = [f"{name}-{precisions[0]}", "tuned", "ours-none" if rehearsal else "ours-none+graph", "ours-fc1"]
     batches = ("2", "1") if rehearsal else ("32", "16")
-    tune = ("--task", "finetune", *baseline, "--rounds", "2" if rehearsal else "10", "--arm", *tuning)
+    few_rounds = ("--rounds", "2" if rehearsal else "10")
+    tune = ("--task", "finetune", *baseline, *few_rounds, "--arm", *tuning)
     profiled = "ours-none" if rehearsal else "ours-none+graph"
 
     def bench(name: str, *arguments: str) -> tuple[str, ...]:
@@ -71,17 +77,27 @@ def steps(out: Path, *, rehearsal: bool, published: str | None) -> list[Step]:
 
     report = ("--results", str(out), *(["--page", str(out / "page" / "results.md")] if rehearsal else []))
     plan = [
-        Step("build", ("setup.py", "--quiet", "build_ext", "--inplace"), 60),
-        Step("step", bench("step", *baseline, "--batch", batches[0], "--arm", *few, "tuned+compile"), 110, (0, 1)),
-        Step("kernels", bench("run", *kernels), 125, (0, 1)),
+        Step("build", ("setup.py", "--quiet", "build_ext", "--inplace"), 40),
+        Step(
+            "step",
+            bench("step", *baseline, "--batch", batches[0], *few_rounds, "--arm", *few, "tuned+compile"),
+            165,
+            REFUSED,
+        ),
+        Step(
+            "step of half the batch",
+            bench("step", *baseline, "--batch", batches[1], *few_rounds, "--arm", *few),
+            45,
+            REFUSED,
+        ),
+        Step("memory", bench("memory", *baseline), 90),
+        Step("kernels", bench("run", "--missing", *kernels), 100, REFUSED),
         # In a rehearsal without a GPU they are collected and skipped.
-        Step("tests", ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *tests), 45),
-        Step("memory", bench("memory", *baseline), 55),
-        Step("step of half the batch", bench("step", *baseline, "--batch", batches[1], "--arm", *few), 40, (0, 1)),
-        Step("finetune", bench("step", *tune), 35, (0, 1)),
-        Step("profile", bench("profile", "--arm", profiled), 15),
-        Step("throughput", bench("throughput", "--batch", batches[0]), 20),
-        Step("real_decode", bench("real_decode"), 30, (0, 2)),
+        Step("tests", ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *tests), 30),
+        Step("finetune", bench("step", *tune), 30, REFUSED),
+        Step("throughput", bench("throughput", "--batch", batches[0]), 20, REFUSED),
+        Step("profile", bench("profile", "--arm", profiled), 10),
+        Step("real_decode", bench("real_decode"), 5, (0, 2)),
         Step("report", ("-m", "bench.report", *report), 5),
     ]
     # A rehearsal is about what runs, not how fast: a busy machine cuts nothing off.
@@ -104,15 +120,29 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     part.replace(path)
 
 
+def run(arguments: list[str], environment: dict[str, str], limit: float) -> int | None:
+    """The exit status; None where it took longer, and then nothing that it had started goes on beside the next."""
+    with subprocess.Popen(arguments, cwd=conditions.ROOT, env=environment, start_new_session=True) as process:
+        try:
+            return process.wait(timeout=limit)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return None
+            raise
+
+
 def run_all(todo: list[Step], out: Path, budget: float, commit: str) -> dict[str, Any]:
     """Run what is not done yet, within ``budget`` seconds; return the state, which is also on disk after each step."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / STATE
-    state = read_state(path, commit)
-    write_state(path, state)
+    kept = out / STATE
+    state = read_state(kept, commit)
+    write_state(kept, state)
     start = time.monotonic()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    for step in todo:
+    # Nothing is installed where this runs: the kernels lie in a folder of their own.
+    path = os.pathsep.join([str(conditions.ROOT), str(conditions.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+    for number, step in enumerate(todo):
         left = budget - (time.monotonic() - start)
         # A report costs nothing and is wanted anew whenever a figure was added.
         if step.name in state["done"] and step.name != "report":
@@ -124,15 +154,14 @@ def run_all(todo: list[Step], out: Path, budget: float, commit: str) -> dict[str
             continue
         print(f"-- {step.name}: {left:.0f} s are left", flush=True)
         begun = time.monotonic()
-        try:
-            # Twice the share, so that one step that hangs leaves time for the others; it may just be slow.
-            was_cut_off = state["failed"].get(step.name, "").startswith(CUT_OFF)
-            limit = left if was_cut_off else min(left, 2 * step.share)
-            status = subprocess.run(
-                [sys.executable, *step.command], cwd=conditions.ROOT, env=environment, timeout=limit, check=False
-            ).returncode
-            problem = None if status in step.allowed else f"exit status {status}"
-        except subprocess.TimeoutExpired:
+        # Twice the share, so that one step that hangs leaves time for the others; it may just be slow.
+        limit = min(left, 2 * step.share)
+        if state["failed"].get(step.name, "").startswith(CUT_OFF):
+            others = sum(each.share for each in todo[number + 1 :] if each.name not in state["done"])
+            limit = max(limit, left - others)
+        status = run([sys.executable, *step.command], environment, limit)
+        problem = None if status in step.allowed else f"exit status {status}"
+        if status is None:
             problem = f"{CUT_OFF} after {limit:.0f} s"
         seconds = round(time.monotonic() - begun, 1)
         if problem is None:
@@ -141,9 +170,7 @@ def run_all(todo: list[Step], out: Path, budget: float, commit: str) -> dict[str
         else:
             state["failed"][step.name] = problem
             print(f"-- {step.name}: {problem}", flush=True)
-        write_state(path, state)
-        if problem and step.name == "build":
-            break  # nothing after it would measure this commit
+        write_state(kept, state)
     return state
 
 
@@ -162,6 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["ADAMAE_COMMIT"] = options.commit
     if options.rehearsal:
         os.environ["OMP_NUM_THREADS"] = "1"  # tiny shapes gain nothing from threads, which wait for each other
+    elif architecture := conditions.architecture():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architecture)  # for others the build would take its time, too
     commit = conditions.version()["commit"]
     published = str(Path(options.published).resolve()) if options.published else None
     todo = steps(out, rehearsal=options.rehearsal, published=published)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import os
 import subprocess
@@ -21,7 +22,7 @@ from adamae_fast.ops.registry import Impl
 from adamae_fast.testing import InputFactory, OpShape
 from bench.conditions import ROOT
 from bench.peak import peak_extra_bytes
-from bench.registry import CUDA_GATES, Entry, Inputs, Mode, Outputs
+from bench.registry import ENTRIES, KERNELS, Entry, Inputs, Mode, Outputs
 from bench.timing import Call, Plan, Timing, time_in_turns
 
 COMPILE_BACKEND = "inductor"
@@ -61,8 +62,11 @@ Gate = tuple[str, ...]
 def run_gate(arguments: Gate) -> str | None:
     """Run pytest in a process of its own; return None if everything passed, otherwise its last line."""
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *arguments]
+    has_gpu = torch.cuda.is_available()
+    if has_gpu and importlib.util.find_spec("xdist"):
+        command += ["-n", "8"]  # a rented minute costs more than cores, and each shape's kernel is compiled there
     # Where there is a GPU, a gate that skips its tests must not pass for a green one.
-    environment = os.environ | {"ADAMAE_FAIL_WITHOUT_CUDA": str(int(torch.cuda.is_available()))}
+    environment = os.environ | {"ADAMAE_FAIL_WITHOUT_CUDA": str(int(has_gpu))}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if result.returncode == 0:
         return None
@@ -70,9 +74,16 @@ def run_gate(arguments: Gate) -> str | None:
     return f"pytest {' '.join(arguments)}: {lines[-1] if lines else 'no output'}"
 
 
-def gates_of(entry: Entry, device: torch.device) -> tuple[Gate, ...]:
-    """What must be green before the operation is timed."""
-    return (*entry.gates, *(CUDA_GATES if device.type == "cuda" else ()))
+def gates_of(name: str, device: torch.device) -> tuple[Gate, ...]:
+    """What must be green before the operation is timed; on a GPU, the contract of its kernels, too."""
+    gates = ENTRIES[name].gates
+    if device.type == "cpu":
+        return gates
+    return (
+        *gates,
+        ("tests/kernels/contract.py", "-k", KERNELS.get(name, name)),
+        ("tests/kernels/test_on_gpu.py", "-k", name),
+    )
 
 
 def red_gates(gates: Iterable[Gate]) -> dict[Gate, str]:
@@ -81,17 +92,16 @@ def red_gates(gates: Iterable[Gate]) -> dict[Gate, str]:
     Starting pytest costs more than most of them: they run together first, and one by one only where that was red.
     """
     gates = list(dict.fromkeys(gates))
-    files = tuple(dict.fromkeys(file for file, *options in gates if not options))
-    selected: dict[str, list[str]] = {}
+    files: list[Gate] = [gate for gate in gates if len(gate) == 1]
+    selected: dict[str, list[Gate]] = {}
     for file, *options in gates:
         if options:
-            _, name = options  # -k NAME
-            selected.setdefault(file, []).append(name)
-    together: list[Gate] = [files] if files else []
-    together += [(file, "-k", " or ".join(names)) for file, names in selected.items()]
-    if not any(run_gate(each) for each in together):
-        return {}
-    return {gate: red for gate in gates if (red := run_gate(gate))}
+            selected.setdefault(file, []).append((file, *options))
+    together: dict[Gate, list[Gate]] = {tuple(gate[0] for gate in files): files} if files else {}
+    for file, of_file in selected.items():
+        together[file, "-k", " or ".join(name for _, _, name in of_file)] = of_file
+    suspects = [gate for joint, members in together.items() if run_gate(joint) for gate in members]
+    return {gate: red for gate in suspects if (red := run_gate(gate))}
 
 
 @dataclass(frozen=True)

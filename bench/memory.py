@@ -98,6 +98,10 @@ def on_cpu(case: Case, setting: Setting, checkout: Checkout | None) -> dict[str,
     return row
 
 
+PRECISION = 32
+"""The largest batch is found to this part of it; each try costs a model and three steps."""
+
+
 def fits(build: Builder) -> bool:
     """Whether three steps run without running out of memory."""
     give_back_unused()
@@ -119,7 +123,7 @@ def largest(fits: Callable[[int], bool], guess: int) -> int:
     while low == 0 and high > 1:  # the guess was too much: down in small steps, too
         lower = high - max(high // 8, 1)
         low, high = (lower, high) if fits(lower) else (0, lower)
-    while high - low > max(low // 64, 1):
+    while high - low > max(low // PRECISION, 1):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
@@ -137,7 +141,7 @@ def largest_batches(options: argparse.Namespace, setting: Setting, checkout: Che
         found[f"ours-{policy}"] = largest(predicted, 64)
     if setting.device.type == "cpu":
         return found
-    found["how"] = "tried, to 1/64"
+    found["how"] = f"tried, to 1/{PRECISION}"
     total = torch.cuda.get_device_properties(setting.device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
     try:

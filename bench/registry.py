@@ -176,9 +176,6 @@ def _gates(file: str, name: str) -> tuple[tuple[str, ...], ...]:
     return (f"tests/ops/{file}",), ("tests/ops/test_registry.py", "-k", name)
 
 
-CUDA_GATES = (("tests/kernels/test_on_gpu.py",),)
-"""On a GPU these must pass besides an operation's own: its kernels are tested there for all operations together."""
-
 ENTRIES: Mapping[str, Entry] = {
     "patchify": Entry(
         operation=patchify,
@@ -315,6 +312,9 @@ ENTRIES: Mapping[str, Entry] = {
 
 STEPS = {"patch_loss_step": "head_patch_loss"}
 """Operations that only exist inside another one, whose entry measures them."""
+
+KERNELS = {"head_patch_loss": "patch_loss_step", "embed_tubelets": "patchify"}
+"""Which kernels an operation without one of its own name runs."""
 
 NOT_SLOWER = 1 / 1.1
 """On the CPU every operation as a whole is at least this many times as fast as torch.compile."""

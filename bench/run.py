@@ -6,6 +6,7 @@ Each operation's tests run first; if they are red, nothing of it is timed. The l
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from adamae_fast.device import make_current, pick_device
 from adamae_fast.testing import OpShape
-from bench import conditions, measure
+from bench import command, conditions, measure
 from bench.registry import ENTRIES
 from bench.results import COLUMNS, Row, by_operation, cells, json_line, judge, make_rows, markdown, write_csv
 from bench.timing import QUICK, Plan, copy_roof
@@ -32,6 +33,9 @@ SHAPES = {
 TINY = OpShape(batch_size=2, grid=(8, 3, 3), tubelet_size=2, patch_size=16, num_visible=4)
 """For ``--quick``."""
 
+PLANS = {"cpu": Plan(), "cuda": Plan(warm_up=10, rounds=10, block=2)}
+"""On a GPU a time is the mean of several calls already."""
+
 RESULTS = conditions.ROOT / "bench" / "results"
 
 
@@ -41,59 +45,73 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that all runs; no file without --out")
     parser.add_argument("--operation", nargs="+", choices=ENTRIES, default=list(ENTRIES), metavar="NAME")
+    parser.add_argument("--missing", action="store_true", help="not what the CSV of this device and commit has already")
     parser.add_argument("--out", type=Path, help="folder of the CSV and its Markdown (default: bench/results)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, write; return 1 if anything was refused."""
+    """Measure, print, write; return command.REFUSED if anything was refused, 1 if everything was."""
     options = parse_arguments(arguments)
     try:
         device = pick_device(options.device, key="--device")
+        command.require_kernels(device)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     out = options.out if options.out or options.quick else RESULTS
     if options.quick and device.type == "cpu":
         measure.COMPILE_BACKEND = "aot_eager"  # the same graphs, without a minute of building
-    rows, refused = _measure_all(options.operation, device, out, quick=options.quick)
+    taken = {**conditions.collect(device), "quick": "yes" if options.quick else ""}
+    names = options.operation
+    if options.missing and out is not None:
+        before = measured_before(_path(out, taken), taken)
+        names = [name for name in names if name not in before]
+    rows, refused = _measure_all(names, device, out, taken, quick=options.quick)
     table = by_operation(rows)
     verdicts = judge(table, device.type)
     _print_table(rows, refused)
     if rows and float(rows[0]["load"]) > 1:
         print(f"warning: the load average was {rows[0]['load']} at the start; other work disturbs such figures")
     if out is not None and rows:
-        print(f"written: {_path(out, rows)}")
+        print(f"written: {_path(out, taken)}")
     for verdict in verdicts:
         mark = "met   " if verdict.met else "missed"
         print(f"{mark} {verdict.operation} {verdict.mode}: {verdict.goal}, measured {verdict.measured:g}")
     print(json_line(rows, verdicts, refused))
-    return 1 if refused else 0
+    return 0 if not refused else command.REFUSED if rows else 1
 
 
-def _path(out: Path, rows: list[Row]) -> Path:
-    return out / f"kernels_{conditions.slug(rows[0])}.csv"
+def _path(out: Path, taken: Row) -> Path:
+    return out / f"kernels_{conditions.slug(taken)}.csv"
 
 
-def _write(out: Path, rows: list[Row]) -> None:
-    path = _path(out, rows)
+def measured_before(path: Path, taken: Row) -> set[str]:
+    """Operations that the CSV has of the same commit, of a tree that did not differ from it."""
+    if not path.is_file() or taken["dirty"] == "yes" or taken["commit"] == "not told":
+        return set()
+    with path.open(newline="") as file:
+        same = ("commit", "dirty", "quick")
+        return {row["operation"] for row in csv.DictReader(file) if all(row[key] == taken[key] for key in same)}
+
+
+def _write(path: Path, rows: list[Row]) -> None:
     path.with_suffix(".md").write_text(markdown(write_csv(path, rows)))
 
 
 def _measure_all(
-    names: list[str], device: torch.device, out: Path | None, *, quick: bool
+    names: list[str], device: torch.device, out: Path | None, taken: Row, *, quick: bool
 ) -> tuple[list[Row], dict[str, dict[str, str]]]:
     """Rows of all operations, and what was refused; each operation is on disk as soon as it is measured."""
     if device.type == "cuda":
         make_current(device)
         # Graphs are captured on a side stream only, and a backward runs on the stream of its forward.
         torch.cuda.set_stream(torch.cuda.Stream())
-    taken = {**conditions.collect(device), "quick": "yes" if quick else ""}
     rows: list[Row] = []
     refused: dict[str, dict[str, str]] = {}
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("tests", total=len(names))
-        gates = {name: measure.gates_of(ENTRIES[name], device) for name in names}
+        gates = {name: measure.gates_of(name, device) for name in names}
         red = measure.red_gates(gate for name in names for gate in gates[name])
         progress.update(task, description="copy roof")
         roof = copy_roof(device, num_bytes=2**20) if quick else copy_roof(device)
@@ -109,13 +127,13 @@ def _measure_all(
             def say(what: str, name: str = name) -> None:
                 progress.update(task, description=f"{name}: {what}")
 
-            measured = measure.measure(entry, shape, dtype, device, QUICK if quick else Plan(), say)
+            measured = measure.measure(entry, shape, dtype, device, QUICK if quick else PLANS[device.type], say)
             if measured.refused:
                 refused[name] = measured.refused
             dtype_name = str(dtype).removeprefix("torch.")
             rows += make_rows(name, measured, shape, dtype_name, dtype.itemsize, roof, taken)
             if out is not None and rows:
-                _write(out, rows)
+                _write(_path(out, taken), rows)
             progress.advance(task)
     return rows, refused
 

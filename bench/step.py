@@ -270,7 +270,7 @@ def print_table(rows: list[Row], skipped: Mapping[str, str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, write; return 1 if an arm failed its parity."""
+    """Measure, print, write; return command.REFUSED if an arm failed its parity."""
     parser = command.parser("step", __doc__)
     parser.add_argument("--task", choices=TASKS, default="pretrain", help="what is trained (default: pretrain)")
     parser.add_argument(
@@ -320,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     command.finish(task.name, with_other_batches(result, options), options)
     harmless = ("not measured", "this version has no option")
-    return 1 if any(not reason.startswith(harmless) for reason in skipped.values()) else 0
+    return command.REFUSED if any(not reason.startswith(harmless) for reason in skipped.values()) else 0
 
 
 if __name__ == "__main__":

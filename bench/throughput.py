@@ -20,7 +20,7 @@ from adamae_fast.config import MaskConfig
 from bench import arms, command, conditions
 from bench.arms import Arm, Setting, Skipped
 from bench.parity import PretrainParity
-from bench.step import PLANS, QUICK, timing_row
+from bench.step import PLANS, QUICK, check_parity, timing_row
 from bench.timing import Plan, Runner, run_in_turns
 
 MASKS = (
@@ -54,10 +54,11 @@ def check(cases: Sequence[Case], plan: arms.Plan) -> Skipped:
     for name, setting in cases:
         few = dataclasses.replace(setting, batch_size=min(setting.batch_size, 2))
         try:
-            fault = PretrainParity(few).fault(arms.builders(few, plan)[0][name]())
+            arm = arms.builders(few, plan)[0][name]()
         except ValueError as error:
             skipped[told(name, setting.mask)] = str(error)
         else:
+            fault = check_parity(arm, PretrainParity(few))
             skipped |= {told(name, setting.mask): FAILED + fault} if fault else {}
     return skipped
 
@@ -102,7 +103,7 @@ def speedups(rows: Sequence[Row], baseline: str) -> list[float | None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, write; return 1 if an arm failed its parity."""
+    """Measure, print, write; return command.REFUSED if an arm failed its parity."""
     parser = command.parser("throughput", __doc__)
     parser.add_argument(
         "--arm", nargs="+", default=["ours-none"], metavar="NAME", help="arms of bench.step; the first is the baseline"
@@ -149,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     print_table(result["rows"], baseline, skipped)
     command.finish("throughput", result, options)
-    return int(any(reason.startswith(FAILED) for reason in skipped.values()))
+    return command.REFUSED if any(reason.startswith(FAILED) for reason in skipped.values()) else 0
 
 
 def print_table(rows: Sequence[Row], baseline: str, skipped: Skipped) -> None:

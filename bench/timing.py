@@ -85,11 +85,12 @@ class CpuRunner:
         return seconds
 
 
-class CudaRunner:
-    """Events around a CUDA graph of several calls; around plain launches where a call waits for the device."""
+CALLS_OF_GRAPH = 10
+"""Calls between two events, where the clock would show the launch of a single one."""
 
-    calls_each = 10
-    """Calls between two events."""
+
+class CudaRunner:
+    """Events around a CUDA graph of several calls; around one launched call where a call waits for the device."""
 
     def __init__(self, call: Call, warm_up: int) -> None:
         self._call = call
@@ -104,7 +105,7 @@ class CudaRunner:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                for _ in range(self.calls_each):
+                for _ in range(CALLS_OF_GRAPH):
                     self._call()
         except RuntimeError:
             torch.cuda.synchronize()
@@ -115,11 +116,10 @@ class CudaRunner:
         if self._graph is not None:
             self._graph.replay()
         else:
-            for _ in range(self.calls_each):
-                self._call()
+            self._call()
 
     def seconds(self, repetitions: int) -> list[float]:
-        """As :class:`Runner` says; each time is the mean of ``calls_each`` calls."""
+        """As :class:`Runner` says; each time is the mean over the calls of a graph."""
         self._run()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
         events[0].record()
@@ -127,7 +127,8 @@ class CudaRunner:
             self._run()
             event.record()
         torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1000 / self.calls_each for start, end in pairwise(events)]
+        num_calls = 1 if self._graph is None else CALLS_OF_GRAPH
+        return [start.elapsed_time(end) / 1000 / num_calls for start, end in pairwise(events)]
 
 
 def _waits_for_device(call: Call) -> bool:

@@ -1,13 +1,14 @@
 """The plan of a GPU machine: the whole of it rehearsed on the CPU, and going on where it was cut off."""
 
 import json
-import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import arms, conditions, gpu
+from adamae_fast.ops import triton_kernels
+from bench import arms, command, conditions, gpu
 
 
 def result(out: Path, name: str) -> dict:
@@ -121,22 +122,51 @@ def test_a_step_is_not_begun_without_time_and_cut_off_after_it(tmp_path: Path) -
 def test_a_step_that_was_cut_off_gets_all_that_is_left_at_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or one that is slower than expected would be cut off for ever."""
+    """Or one that is slower than expected would be cut off for ever. What comes after it keeps its share."""
     limits: list[float] = []
 
-    def run(command: list[str], *, timeout: float, **_: object) -> subprocess.CompletedProcess[str]:
-        limits.append(timeout)
-        if len(limits) == 1:
-            raise subprocess.TimeoutExpired(command, timeout)
-        return subprocess.CompletedProcess(command, 0)
+    def run(command: list[str], environment: dict[str, str], limit: float) -> int | None:
+        limits.append(limit)
+        return None if len(limits) == 1 else 0
 
-    monkeypatch.setattr(conditions, "nvdec", str)  # asks a process, too
-    monkeypatch.setattr(subprocess, "run", run)
-    todo = [writes(tmp_path, "slow")]
-    assert gpu.run_all(todo, tmp_path, 1000, "commit")["failed"] == {"slow": "cut off after 20 s"}
+    monkeypatch.setattr(gpu, "run", run)
+    todo = [writes(tmp_path, "slow"), gpu.Step("next", ("-c", ""), 100)]
+    assert gpu.run_all(todo[:1], tmp_path, 1000, "commit")["failed"] == {"slow": "cut off after 20 s"}
     state = gpu.run_all(todo, tmp_path, 1000, "commit")
-    assert (set(state["done"]), state["failed"]) == ({"slow"}, {})
-    assert limits == [20, pytest.approx(1000, abs=10)]
+    assert (set(state["done"]), state["failed"]) == ({"slow", "next"}, {})
+    assert limits == [20, pytest.approx(900, abs=10), 200]
+
+
+def test_what_a_step_has_started_ends_with_it(tmp_path: Path) -> None:
+    """Or it would go on beside the next one, whose figures it would disturb."""
+    child = f"import pathlib, time; time.sleep(3); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    state = gpu.run_all([gpu.Step("parent", ("-c", parent), 1)], tmp_path, 1.5, "commit")
+    assert state["failed"]["parent"].startswith("cut off")
+    time.sleep(3)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_a_crash_is_not_an_arm_that_was_refused(tmp_path: Path) -> None:
+    crash = gpu.Step("crash", ("-c", "raise RuntimeError"), 10, gpu.REFUSED)
+    refused = gpu.Step("refused", ("-c", f"raise SystemExit({command.REFUSED})"), 10, gpu.REFUSED)
+    state = gpu.run_all([crash, refused], tmp_path, 60, "commit")
+    assert set(state["done"]) == {"refused"}
+    assert state["failed"] == {"crash": "exit status 1"}
+
+
+def test_steps_find_the_kernels_where_nothing_is_installed(tmp_path: Path) -> None:
+    kernels = str(conditions.ROOT / "kernels")
+    asks = f"import os; assert {kernels!r} in os.environ['PYTHONPATH'].split(os.pathsep)"
+    assert gpu.run_all([gpu.Step("asks", ("-c", asks), 10)], tmp_path, 60, "commit")["failed"] == {}
+
+
+def test_a_gpu_without_our_kernels_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would run the references, and call them ours."""
+    monkeypatch.setattr(triton_kernels, "reason_missing", lambda: "no Triton")
+    command.require_kernels(torch.device("cpu"))
+    with pytest.raises(ValueError, match="--device cuda:0: no Triton; in a checkout that is not installed"):
+        command.require_kernels(torch.device("cuda:0"))
 
 
 def test_arms_of_the_plan_exist() -> None:
@@ -145,9 +175,9 @@ def test_arms_of_the_plan_exist() -> None:
         baselines = {f"{prefix}-{precision}" for precision in arms.plan_for(cuda, None).precisions}
         known = baselines | {"tuned", "tuned+compile", *arms.our_options(cuda)}
         named = [step.command for step in gpu.steps(Path("out"), rehearsal=False, published=published)]
-        for command in named:
-            if "--arm" in command:
-                assert set(command[command.index("--arm") + 1 :]) <= known
+        for words in named:
+            if "--arm" in words:
+                assert set(words[words.index("--arm") + 1 :]) <= known
         assert baselines <= set().union(*named)
 
 

@@ -65,11 +65,16 @@ def test_every_arm_computes_the_operation_and_is_measured_in_every_mode(name: st
 
 
 def test_a_gpu_has_gates_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "run_gate", lambda gate: "red" if "tests/kernels/test_on_gpu.py" in gate else None)
-    gates = measure.gates_of(ENTRIES["gather_tokens"], torch.device("cuda"))
-    assert measure.red_gates(gates) == {("tests/kernels/test_on_gpu.py",): "red"}
-    assert measure.red_gates(measure.gates_of(ENTRIES["gather_tokens"], CPU)) == {}
-    assert all((run.conditions.ROOT / file).is_file() for (file,) in registry.CUDA_GATES)
+    """A kernel that breaks its contract keeps no other operation from being timed."""
+    red = ("tests/kernels/contract.py", "-k", "gather_tokens")
+    monkeypatch.setattr(measure, "run_gate", lambda gate: "red" if gate[0] == red[0] and red[2] in gate[2] else None)
+    names = ("gather_tokens", "sampling_loss", "head_patch_loss")
+    cuda = [measure.gates_of(name, torch.device("cuda")) for name in names]
+    assert measure.red_gates(gate for gates in cuda for gate in gates) == {red: "red"}
+    assert [red in gates for gates in cuda] == [True, False, False]
+    assert measure.red_gates(measure.gates_of("gather_tokens", CPU)) == {}
+    assert {registry.KERNELS.get(name, name) for name in ENTRIES} <= set(registered_names())
+    assert all((run.conditions.ROOT / file).is_file() for gates in cuda for file, *_ in gates)
 
 
 def test_green_gates_run_together_and_red_ones_are_found_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +90,9 @@ def test_green_gates_run_together_and_red_ones_are_found_one_by_one(monkeypatch:
     assert measure.red_gates(gates) == {}
     assert asked == [("a.py", "b.py"), ("all.py", "-k", "a or b")]
     red.add(("b.py",))
+    asked.clear()
     assert measure.red_gates(gates) == {("b.py",): "('b.py',) is red"}
+    assert asked == [("a.py", "b.py"), ("all.py", "-k", "a or b"), ("a.py",), ("b.py",)]
 
 
 def test_an_arm_that_is_wrong_is_refused_and_the_others_are_measured() -> None:

@@ -73,7 +73,7 @@ def test_what_computes_something_else_is_not_timed_and_says_so(
         return "the loss is off" if arm.setting.mask.strategy == "tube" else fault(self, arm)
 
     monkeypatch.setattr(Parity, "fault", faulty)
-    assert throughput.main(ARGUMENTS) == 1
+    assert throughput.main(ARGUMENTS) == command.REFUSED
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert [row["strategy"] for row in result["rows"]] == ["adaptive", "random", "frame"]
