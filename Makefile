@@ -12,7 +12,7 @@ demo: $(INSTALLED) ## render videos, pre-train on them, write runs/demo/report.h
 	$(BIN)/adamae-fast pretrain --config configs/demo.yaml
 
 test: $(INSTALLED) lint ## lint, types and the whole test suite
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-faults: $(INSTALLED) ## kill -9 at ten moments, a host cut off, a full disk; the last two take root
 	$(BIN)/pytest -m faults tests/distributed

@@ -500,6 +500,7 @@ def _recompute_policies() -> tuple[str, ...]:
 
 
 def _plain(name: str, setting: Setting, precision: str, state: Gradients, *, like_published: bool) -> PlainArm:
-    network = (PublishedLike if like_published else Tuned)(setting.model, setting.mask)
+    with setting.device:
+        network = (PublishedLike if like_published else Tuned)(setting.model, setting.mask)
     network.load_state_dict(state)
     return PlainArm(name, setting, precision, network, like_published=like_published)

@@ -187,7 +187,8 @@ class FinetuneParity(Parity):
 
     def reference(self, setting: Setting) -> tuple[float, Gradients]:
         """As :class:`bench.parity.Parity` says."""
-        model = VideoClassifier(setting.model, NUM_CLASSES).to(setting.device).train()
+        with setting.device:
+            model = VideoClassifier(setting.model, NUM_CLASSES).train()
         model.load_state_dict(initial_state(setting))
         with without_dropout(model):
             loss = soft_cross_entropy(model(setting.draw_video()), draw_targets(setting))
@@ -261,6 +262,7 @@ def builders(setting: Setting, plan: Plan) -> tuple[dict[str, Builder], Skipped]
 
 def _plain(name: str, setting: Setting, precision: str, state: Gradients, *, like_published: bool) -> PlainArm:
     kind: Callable[..., nn.Module] = PublishedLikeClassifier if like_published else TunedClassifier
-    network = kind(setting.model, NUM_CLASSES, DROP_PATH)
+    with setting.device:
+        network = kind(setting.model, NUM_CLASSES, DROP_PATH)
     network.load_state_dict(state)
     return PlainClassifierArm(name, setting, precision, network, like_published=like_published)

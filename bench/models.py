@@ -30,6 +30,10 @@ from bench import published, tuned
 SAMPLING_WEIGHT = 1e-4
 """Of the sampling loss in the total."""
 
+HOST = torch.device("cpu")
+"""Where position tables are made, on whichever device the layers are: the published code's copy in each step is part of
+what is measured. :class:`Tuned` and :class:`TunedClassifier` take theirs along when they are moved."""
+
 
 class _Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, *, qv_bias: bool, fused: bool) -> None:
@@ -149,8 +153,9 @@ class _Network(nn.Module):
         depth = model.decoder.depth or decoder.depth
         self.decoder = _Stack(decoder.width, depth, decoder.num_heads, fused=self.fused)
         self.decoder.add_module("head", nn.Linear(decoder.width, self.grid.pixels_per_token))
-        self.register_buffer("positions_ND", sinusoid_table(num_tokens, encoder.width), persistent=False)
-        self.register_buffer("positions_NE", sinusoid_table(num_tokens, decoder.width), persistent=False)
+        with HOST:
+            self.register_buffer("positions_ND", sinusoid_table(num_tokens, encoder.width), persistent=False)
+            self.register_buffer("positions_NE", sinusoid_table(num_tokens, decoder.width), persistent=False)
 
     def draw_uniform_ids(self, batch_size: int, device: torch.device) -> Tensor:
         """Visible ids (B, K) of a strategy without a sampler."""
@@ -278,12 +283,13 @@ class _Classifier(nn.Module):
         self.sizes = (model.tubelet_size, model.patch_size)
         self.tokenizer = nn.Conv3d(NUM_CHANNELS, size.width, (model.tubelet_size, model.patch_size, model.patch_size))
         blocks = [_Block(size.width, size.num_heads, fused=self.fused) for _ in range(size.depth)]
-        for block, rate in zip(blocks, torch.linspace(0, drop_path, size.depth).tolist(), strict=True):
+        for block, rate in zip(blocks, torch.linspace(0, drop_path, size.depth, device=HOST).tolist(), strict=True):
             block.dropout = _DropPath(rate)
         self.encoder = nn.ModuleDict({"blocks": nn.Sequential(*blocks)})
         self.fc_norm = nn.LayerNorm(size.width, eps=1e-6)
         self.head = nn.Linear(size.width, num_classes)
-        self.register_buffer("positions_ND", sinusoid_table(num_tokens, size.width), persistent=False)
+        with HOST:
+            self.register_buffer("positions_ND", sinusoid_table(num_tokens, size.width), persistent=False)
 
     def logits(self, tokens_BND: Tensor) -> Tensor:
         """(B, K) of tokens with their positions."""

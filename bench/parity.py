@@ -61,7 +61,8 @@ class PretrainParity(Parity):
 
     def reference(self, setting: Setting) -> tuple[float, Gradients]:
         """As :class:`Parity` says."""
-        model = AdaMAE(setting.model, setting.mask).to(setting.device)
+        with setting.device:
+            model = AdaMAE(setting.model, setting.mask)
         model.load_state_dict(initial_state(setting))
         seeds_B = torch.arange(setting.batch_size, device=setting.device)
         video = setting.draw_video()

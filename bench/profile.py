@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
@@ -31,6 +32,9 @@ LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaun
 
 STEP = "the profiled step"
 """Name of the range around it: what the profiler itself does before and after, waits among it, is not the step's."""
+
+BACKWARD = re.compile("backward|[bB]wd|bprop|cutlassB")
+"""In the names of attention's backward: PyTorch's operators, flash, FlashAttention-3, cuDNN, efficient."""
 
 OPTIMIZER = "Optimizer.step"
 """Begins the name of the range that torch puts around an optimizer's step."""
@@ -99,19 +103,17 @@ def attention_that_ran(profile: torch.profiler.profile, device: torch.device) ->
     where = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
     pattern = re.compile(r"flash|fmha|sdpa|attn" if device.type == "cuda" else r"^aten::_scaled_dot_product_")
     names = [event.name for event in profile.events() or [] if event.device_type == where]
-    forward = [name for name in names if pattern.search(name) and not re.search("backward|bwd", name)]
+    forward = [name for name in names if pattern.search(name) and not BACKWARD.search(name)]
     return dict(Counter(re.split(r"[<(]", name.removeprefix("void "))[0] for name in forward))
 
 
 def top_operators(profile: torch.profiler.profile, device: torch.device, number: int = 15) -> list[dict[str, Any]]:
-    """The operators that took longest themselves: name, milliseconds, calls, share."""
+    """What took longest itself, operators on a CPU, kernels and copies on a GPU: name, milliseconds, calls, share."""
     on_gpu = device.type == "cuda"
-    rows = []
-    for average in profile.key_averages():
-        if average.key == STEP:
-            continue
-        micro = average.self_device_time_total if on_gpu else average.self_cpu_time_total
-        rows.append((micro, average.key, average.count))
+    averages = [average for average in profile.key_averages() if average.key != STEP]
+    if on_gpu:  # where the time of kernels is told again of the operators that launched them, and of ranges around them
+        averages = [x for x in averages if x.device_type == DeviceType.CUDA and not x.is_user_annotation]
+    rows = [(x.self_device_time_total if on_gpu else x.self_cpu_time_total, x.key, x.count) for x in averages]
     total = sum(micro for micro, _, _ in rows) or 1
     return [
         {"operator": key, "ms": round(micro / 1000, 3), "calls": calls, "share": round(micro / total, 4)}
@@ -148,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
                 profile.export_chrome_trace(str(options.trace))
             table = Table("operator", "ms", "calls", "share", title=name)
             for row in top:
-                table.add_row(row["operator"], f"{row['ms']:.2f}", str(row["calls"]), f"{row['share']:.1%}")
+                table.add_row(escape(row["operator"]), f"{row['ms']:.2f}", str(row["calls"]), f"{row['share']:.1%}")
             console.print(table)
             advance()
     command.finish("profile", {"conditions": taken, "batch": setting.batch_size, "rows": rows}, options)

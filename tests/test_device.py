@@ -65,7 +65,7 @@ def test_a_real_copy_overtakes_the_step_under_way(pinned):
     uploader = Uploader(device)
     uploader(video)  # the first allocation may wait
     torch.cuda.synchronize()
-    torch.cuda._sleep(10**10)  # seconds
+    torch.cuda._sleep(10**9)  # half a second: a thousand times the copy
     busy_until = torch.cuda.Event()
     busy_until.record()
     copy = uploader(video)

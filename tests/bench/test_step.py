@@ -180,6 +180,72 @@ def test_waits_of_the_profiler_are_not_those_of_a_step() -> None:
     assert (counts.waits, counts.launches) == (1, 1)
 
 
+def test_attention_that_ran_on_a_gpu_is_its_forward() -> None:
+    """Kernels as cuDNN, flash, efficient and FlashAttention-3 name them; what the host calls is not counted again."""
+    forward = [
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1",
+        "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64>, false>(pytorch_flash::Flash_fwd_params)",
+        "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention)",
+        "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<float> > >(Params)",
+    ]
+    backward = [
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128_1x1x1",
+        "void pytorch_flash::flash_bwd_dot_do_o_kernel<true>(pytorch_flash::Flash_bwd_params)",
+        "fmha_cutlassB_bf16_aligned_64x64_k64_sm80(PyTorchMemEffAttention)",
+        "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnBwdSm90<float> > >(Params)",
+    ]
+    kernels = [(name, DeviceType.CUDA) for name in (*forward, *backward, "layer_norm_kernel")]
+    calls = [*kernels, ("aten::_scaled_dot_product_flash_attention", DeviceType.CPU)]
+    events = [argparse.Namespace(name=name, device_type=where) for name, where in calls]
+    ran = profile.attention_that_ran(argparse.Namespace(events=lambda: events), torch.device("cuda"))
+    assert ran == {
+        forward[0]: 1,
+        "pytorch_flash::flash_fwd_kernel": 1,
+        "fmha_cutlassF_bf16_aligned_64x64_rf_sm80": 1,
+        "cutlass::device_kernel": 1,
+    }
+
+
+def test_time_on_a_gpu_is_told_once() -> None:
+    """Not of a kernel, of the operator that launched it and of the ranges around both."""
+
+    def average(key: str, micro: int, where: DeviceType, is_range: bool = False) -> argparse.Namespace:
+        times = {"self_device_time_total": micro, "self_cpu_time_total": 7}
+        return argparse.Namespace(key=key, count=2, device_type=where, is_user_annotation=is_range, **times)
+
+    averages = [
+        average("aten::mm", 3000, DeviceType.CPU),
+        average("gemm", 3000, DeviceType.CUDA),
+        average("Memcpy HtoD", 1000, DeviceType.CUDA),
+        *(average(profile.STEP, 4000, where, is_range=True) for where in (DeviceType.CPU, DeviceType.CUDA)),
+        average(f"{profile.OPTIMIZER}#AdamW.step", 4000, DeviceType.CUDA, is_range=True),
+    ]
+    top = profile.top_operators(argparse.Namespace(key_averages=lambda: averages), torch.device("cuda"))
+    assert top == [
+        {"operator": "gemm", "ms": 3.0, "calls": 2, "share": 0.75},
+        {"operator": "Memcpy HtoD", "ms": 1.0, "calls": 2, "share": 0.25},
+    ]
+
+
+def test_layers_are_made_on_the_device_and_the_published_tables_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for a GPU."""
+    model, mask = command.TINY
+    meta = torch.device("meta")
+    setting = arms.Setting(model=model, mask=mask, batch_size=2, device=meta)
+    for task, arm in ((arms, "PlainArm"), (finetune_arms, "PlainClassifierArm")):
+        monkeypatch.setattr(task, arm, lambda name, setting, precision, network, **_: network)
+        state = task.initial_state(setting)
+        published, tuned = (task._plain("", setting, "fp32", state, like_published=like) for like in (True, False))
+        assert {p.device for p in (*published.parameters(), *tuned.parameters())} == {meta}
+        for network in (published, tuned):
+            network.to(meta)  # as an arm does
+        tables = published._tables if task is arms else (published._table,)
+        assert {table.device for table in tables} == {CPU}
+        assert {table.device for table in tuned.buffers()} == {meta}
+        others = [value for module in tuned.modules() for value in vars(module).values()]
+        assert not any(isinstance(value, torch.Tensor) for value in others)
+
+
 def test_what_the_parity_reserved_is_not_an_arms_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's allocator keeps what was freed; here it is a number of bytes."""
     reserved = 0
@@ -266,7 +332,7 @@ def test_no_round_at_all_is_refused(rounds: int) -> None:
 def test_bisection_finds_the_largest() -> None:
     for limit in (1, 5, 63, 100):
         found = memory.largest(lambda batch, limit=limit: batch <= limit, 64)
-        assert 0 <= limit - found <= limit // 64
+        assert 0 <= limit - found <= limit // memory.PRECISION
     assert memory.largest(lambda batch: False, 64) == 0
 
 

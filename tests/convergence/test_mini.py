@@ -82,6 +82,8 @@ def test_kernels_train_as_the_references_do(target: str, device: str) -> None:
 
 # torch hides this one from its users, though not from a filter that makes errors of warnings.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+# Inductor's advice on a GPU; fp32 is what is compared.
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32 matrix multiplication:UserWarning")
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="compiled blocks hold no kernel that is interpreted")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])

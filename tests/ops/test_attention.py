@@ -505,10 +505,14 @@ MODEL_SHAPES = [
 
 
 def gpu_inputs(num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """One projection to q, k and v, and its three views, but as leaves of their own.
+
+    A graph from the projection would bind its gradient to the stream that made it: no other one could capture it.
+    """
     generator = torch.Generator("cuda").manual_seed(0)
     qkv = torch.randn(2, num_tokens, 3 * num_heads * head_dim, generator=generator, device="cuda").to(dtype)
     qkv.requires_grad_()
-    return qkv, list(qkv.unflatten(-1, (3, num_heads, head_dim)).unbind(2))
+    return qkv, [x.requires_grad_() for x in qkv.detach().unflatten(-1, (3, num_heads, head_dim)).unbind(2)]
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -559,7 +563,7 @@ def test_on_the_gpu_nothing_of_n_by_n_in_a_graph_of_its_own(
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        expected = [x.clone() for x in step()]
+        expected = [x.detach().clone() for x in step()]  # with its graph the gradient would stay on this stream
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -185,8 +185,8 @@ def test_a_step_on_the_gpu_never_waits_for_it():
     run_step(stepper, clips())
     stepper.begin(1, 1e-3)
     video = clips()  # not pinned: the step sees to that
-    torch.cuda.set_sync_debug_mode("error")  # any host sync raises
     try:
+        torch.cuda.set_sync_debug_mode("error")  # any host sync raises
         stepper.accumulate(video)
         stepper.finish(1)
     finally:

@@ -232,8 +232,8 @@ def test_a_replay_never_waits_and_allocates_nothing():
     assert stepper.graph.pool_bytes == 0
     take_steps(stepper, 0, WARM_UP_STEPS + 1)
     video, allocated = clips().pin_memory(), torch.cuda.memory_allocated()
-    torch.cuda.set_sync_debug_mode("error")  # any host sync raises
     try:
+        torch.cuda.set_sync_debug_mode("error")  # any host sync raises
         for i in range(10, 13):
             stepper.begin(i, 1e-3)
             stepper.accumulate(video)
