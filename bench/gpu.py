@@ -77,11 +77,11 @@ def steps(out: Path, *, rehearsal: bool, published: str | None) -> list[Step]:
 
     report = ("--results", str(out), *(["--page", str(out / "page" / "results.md")] if rehearsal else []))
     plan = [
-        Step("build", ("setup.py", "--quiet", "build_ext", "--inplace"), 40),
+        Step("build", ("setup.py", "--quiet", "build_ext", "--inplace"), 30),
         Step(
             "step",
             bench("step", *baseline, "--batch", batches[0], *few_rounds, "--arm", *few, "tuned+compile"),
-            165,
+            160,
             REFUSED,
         ),
         Step(
@@ -97,7 +97,7 @@ def steps(out: Path, *, rehearsal: bool, published: str | None) -> list[Step]:
         Step("finetune", bench("step", *tune), 30, REFUSED),
         Step("throughput", bench("throughput", "--batch", batches[0]), 20, REFUSED),
         Step("profile", bench("profile", "--arm", profiled), 10),
-        Step("real_decode", bench("real_decode"), 5, (0, 2)),
+        Step("real_decode", bench("real_decode"), 20, (0, 2)),
         Step("report", ("-m", "bench.report", *report), 5),
     ]
     # A rehearsal is about what runs, not how fast: a busy machine cuts nothing off.
