@@ -92,7 +92,7 @@ def measured_before(path: Path, taken: Row) -> set[str]:
         return set()
     with path.open(newline="") as file:
         same = ("commit", "dirty", "quick")
-        return {row["operation"] for row in csv.DictReader(file) if all(row[key] == taken[key] for key in same)}
+        return {row["operation"] for row in csv.DictReader(file) if all(row.get(key) == taken[key] for key in same)}
 
 
 def _write(path: Path, rows: list[Row]) -> None:

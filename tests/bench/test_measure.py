@@ -159,6 +159,22 @@ def test_the_command_prints_writes_and_ends_with_one_line_of_json(tiny_run: Path
     assert len(path.read_text().splitlines()) == len(rows)  # the same operation again replaces its rows
 
 
+def test_a_command_goes_on_with_what_is_missing(tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Of a tree whose commit is told: where it differs from its commit, nothing says what was measured."""
+    arguments = [*ARGUMENTS, "--out", str(tiny_run), "--missing"]
+    measured = []
+    for commit in ("first", "first", "second"):
+        monkeypatch.setenv("ADAMAE_COMMIT", commit)
+        assert run.main(arguments) == 0
+        measured.append(list(json.loads(capsys.readouterr().out.splitlines()[-1])["operations"]))
+    assert measured == [["gather_tokens"], [], ["gather_tokens"]]
+    (path,) = tiny_run.glob("*.csv")
+    taken = {"commit": "second", "dirty": "not told", "quick": "yes"}
+    assert run.measured_before(path, taken) == {"gather_tokens"}
+    for other in ({"quick": ""}, {"dirty": "yes"}, {"commit": "not told"}):
+        assert run.measured_before(path, {**taken, **other}) == set()
+
+
 def test_red_tests_are_refused(tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     (tiny_run / "red").mkdir()
     set_gate(monkeypatch, gate(tiny_run / "red", "assert False"))
